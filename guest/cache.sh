@@ -8,6 +8,7 @@
 CACHE=${TEREM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/terem}
 mkdir -p "$CACHE"
 CACHE=$(cd "$CACHE" && pwd -P)
+# shellcheck disable=SC2034 # for the scripts that source this
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 ME=${0##*/}
 # Tools that guest/setup fetched for a user who cannot install them come after the system's own. The sbin

@@ -1,0 +1,261 @@
+//! Carries out file I/O: on `io_uring`, or on a pool of threads where the host refuses it.
+//!
+//! The only module with `unsafe` code in this crate: the kernel takes raw pointers to memory that must stay
+//! valid until an operation has ended. What makes it sound: a [`Job`] owns (shares of) the descriptor and
+//! of all the memory it names, and sits in a slot of the engine, not in the future that waits for it,
+//! until the kernel or the worker thread is done with it, even when the future is dropped.
+//!
+//! ```text
+//!  task ──run(job)──> slot ──> ring / queue ──> kernel / worker thread
+//!   ^                  |                              |
+//!   └──── waker ───────┴───────── result <────────────┘   reaped by wait(), on the same thread as the tasks
+//! ```
+
+mod threads;
+mod uring;
+mod vectors;
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+pub(crate) use vectors::{MAX_VECTORS, Vectors, View};
+
+use crate::{AioEngine, OpenError};
+
+pub(crate) mod ofd;
+
+/// Wakes a sleeping engine from any thread.
+#[derive(Debug)]
+pub(crate) struct Bell(OwnedFd);
+
+impl Bell {
+    fn new() -> io::Result<Self> {
+        use rustix::event::{EventfdFlags, eventfd};
+        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Makes the current or the next sleep of the engine end.
+    pub(crate) fn ring(&self) {
+        // It can only fail with EAGAIN, when the counter is full: then it is ringing already.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Silences it.
+    fn answer(&self) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.0, &mut count);
+    }
+}
+
+/// What is to be done to a file.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// Reads into memory; the result is the number of bytes.
+    Read { offset: u64, memory: Vectors },
+    /// Writes from memory; the result is the number of bytes.
+    Write { offset: u64, memory: Vectors },
+    /// `fdatasync`.
+    Sync,
+    /// `fallocate` with these mode bits.
+    Allocate { mode: i32, offset: u64, length: u64 },
+}
+
+/// An operation with all that it needs to stay alive.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) fd: Arc<OwnedFd>,
+    pub(crate) action: Action,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Free,
+    /// With the kernel or a worker. The job is here unless a worker has it.
+    Flying { job: Option<Box<Job>>, waker: Option<Waker> },
+    /// Nobody waits for it any more, but its memory may still be written.
+    Abandoned { job: Option<Box<Job>> },
+    Done(io::Result<usize>),
+}
+
+/// An I/O engine. It belongs to one thread: futures of [`Self::run`] make progress in [`Self::wait`].
+pub(crate) struct Engine {
+    slots: RefCell<Vec<Slot>>,
+    ring: Option<RefCell<uring::Ring>>,
+    pool: RefCell<threads::Pool>,
+    bell: Arc<Bell>,
+    /// Told whenever the bell rang.
+    on_bell: RefCell<Option<Waker>>,
+}
+
+impl Engine {
+    /// An engine of the given kind.
+    ///
+    /// # Errors
+    /// [`OpenError::NoIoUring`] when it was asked for and is refused; [`OpenError::Thread`] when the host
+    /// is out of descriptors.
+    pub(crate) fn new(kind: AioEngine) -> Result<Rc<Self>, OpenError> {
+        let bell = Arc::new(Bell::new().map_err(OpenError::Thread)?);
+        let ring = match kind {
+            AioEngine::Threads => None,
+            AioEngine::IoUring => Some(uring::Ring::new(&bell.0).map_err(OpenError::NoIoUring)?),
+            AioEngine::Auto => match uring::Ring::new(&bell.0) {
+                Ok(ring) => Some(ring),
+                Err(error) => {
+                    tracing::debug!(%error, "io_uring is not available, using threads");
+                    None
+                }
+            },
+        };
+        let pool = RefCell::new(threads::Pool::new(Arc::clone(&bell)));
+        let slots = RefCell::default();
+        Ok(Rc::new(Self { slots, ring: ring.map(RefCell::new), pool, bell, on_bell: RefCell::default() }))
+    }
+
+    /// What ends [`Self::wait`] from elsewhere.
+    pub(crate) fn bell(&self) -> Arc<Bell> {
+        Arc::clone(&self.bell)
+    }
+
+    /// The engine's name.
+    pub(crate) fn kind(&self) -> AioEngine {
+        if self.ring.is_some() { AioEngine::IoUring } else { AioEngine::Threads }
+    }
+
+    /// Has `waker` woken the next time the bell rings.
+    pub(crate) fn wake_on_bell(&self, waker: &Waker) {
+        *self.on_bell.borrow_mut() = Some(waker.clone());
+    }
+
+    /// Starts `job`; the future ends with its result.
+    pub(crate) fn run(self: &Rc<Self>, job: Job) -> Running {
+        let mut slots = self.slots.borrow_mut();
+        let index = slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or_else(|| {
+            slots.push(Slot::Free);
+            slots.len() - 1
+        });
+        let job = Box::new(job);
+        let job = if let Some(ring) = &self.ring {
+            ring.borrow_mut().start(index, &job);
+            Some(job)
+        } else {
+            self.pool.borrow_mut().start(index, job);
+            None
+        };
+        slots[index] = Slot::Flying { job, waker: None };
+        Running { engine: Rc::clone(self), index, finished: false }
+    }
+
+    /// Hands started jobs to the kernel and collects what is done. With `block` it sleeps until there is
+    /// something, or the bell rings.
+    pub(crate) fn wait(&self, block: bool) -> io::Result<()> {
+        let mut done = Vec::new();
+        let rang = if let Some(ring) = &self.ring {
+            ring.borrow_mut().wait(block, &mut done)?
+        } else {
+            if block {
+                let mut fds = [rustix::event::PollFd::new(&self.bell.0, rustix::event::PollFlags::IN)];
+                match rustix::event::poll(&mut fds, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            true
+        };
+        if rang {
+            self.bell.answer();
+            self.pool.borrow().collect(&mut done);
+            if let Some(waker) = self.on_bell.borrow_mut().take() {
+                waker.wake();
+            }
+        }
+        for (index, result) in done {
+            let mut slots = self.slots.borrow_mut();
+            let Some(slot) = slots.get_mut(index) else { continue };
+            match std::mem::replace(slot, Slot::Free) {
+                Slot::Flying { waker, .. } => {
+                    *slot = Slot::Done(result);
+                    drop(slots);
+                    if let Some(waker) = waker {
+                        waker.wake();
+                    }
+                }
+                Slot::Abandoned { .. } => {}
+                other => *slot = other,
+            }
+        }
+        Ok(())
+    }
+
+    fn busy(&self) -> bool {
+        self.slots.borrow().iter().any(|slot| {
+            matches!(slot, Slot::Flying { job: Some(_), .. } | Slot::Abandoned { job: Some(_) })
+        })
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // The kernel may still write to the memory of these jobs (worker threads own theirs).
+        while self.busy() {
+            if self.wait(true).is_err() {
+                // Better to lose the memory than to free what the kernel writes to.
+                std::mem::forget(std::mem::take(self.slots.get_mut()));
+            }
+        }
+    }
+}
+
+/// A job under way.
+pub(crate) struct Running {
+    engine: Rc<Engine>,
+    index: usize,
+    finished: bool,
+}
+
+impl Future for Running {
+    type Output = io::Result<usize>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let engine = Rc::clone(&self.engine);
+        let mut slots = engine.slots.borrow_mut();
+        let slot = &mut slots[self.index];
+        match slot {
+            Slot::Flying { waker, .. } => {
+                *waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            Slot::Done(_) => {
+                let taken = std::mem::replace(slot, Slot::Free);
+                self.finished = true;
+                match taken {
+                    Slot::Done(result) => Poll::Ready(result),
+                    _ => Poll::Ready(Err(io::ErrorKind::Other.into())),
+                }
+            }
+            Slot::Free | Slot::Abandoned { .. } => Poll::Ready(Err(io::ErrorKind::Other.into())),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        let mut slots = self.engine.slots.borrow_mut();
+        let slot = &mut slots[self.index];
+        *slot = match std::mem::replace(slot, Slot::Free) {
+            Slot::Flying { job, .. } => Slot::Abandoned { job },
+            _ => Slot::Free,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+//! How a disk is to be opened.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The format of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes of the file are the bytes of the disk.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// The name in configurations and in qcow2's backing format extension.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// Which way the host's page cache is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// Through the host's page cache; a flush makes it durable.
+    #[default]
+    Writeback,
+    /// Around the host's page cache (`O_DIRECT`); a flush makes it durable.
+    Direct,
+    /// Through the host's page cache, and flushes do not reach the storage. The image stays right when the
+    /// process is killed, but is lost when the host goes down. For throw-away guests.
+    Unsafe,
+}
+
+/// What carries out file I/O.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AioEngine {
+    /// `io_uring` where the host allows it, else threads.
+    #[default]
+    Auto,
+    /// `io_uring`, or an error.
+    IoUring,
+    /// A pool of threads with blocking calls.
+    Threads,
+}
+
+/// Which backing files named inside an image may be opened. They are always opened read-only.
+///
+/// The name comes from the image, which may come from anywhere: without a rule an image could make us read
+/// any file of the host into a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum BackingPolicy {
+    /// Files in the directory of the image that names them, or below it, with all symbolic links resolved.
+    #[default]
+    SameDirectory,
+    /// As [`Self::SameDirectory`], and also these files and everything below these directories.
+    Allow(Vec<PathBuf>),
+    /// No restriction: every image of the chain is trusted.
+    Any,
+    /// Images with a backing file are refused.
+    None,
+}
+
+/// How [`crate::Disk::open`] opens an image.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// The format, or `None` to look at the image itself. A file that is found to be raw this way is
+    /// guarded: a write that would make its first sector look like another format is refused, so that a
+    /// guest cannot turn its disk into an image that names the host's files.
+    pub format: Option<Format>,
+    /// Refuse all writes, and share the image with other readers.
+    pub read_only: bool,
+    /// Use of the host's page cache.
+    pub cache: Cache,
+    /// Whether discards of the guest give storage back.
+    pub discard: bool,
+    /// Which backing files may be opened.
+    pub backing: BackingPolicy,
+    /// What carries out the I/O.
+    pub aio: AioEngine,
+    /// Whether to take QEMU-compatible image locks. Switch it off only for file systems without locks.
+    pub lock: bool,
+    /// Most bytes of a qcow2 image's mapping tables kept in memory (at least four tables are). 4 MiB
+    /// map 32 GiB at the default cluster size.
+    pub table_cache: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            read_only: false,
+            cache: Cache::Writeback,
+            discard: true,
+            backing: BackingPolicy::SameDirectory,
+            aio: AioEngine::Auto,
+            lock: true,
+            table_cache: 4 << 20,
+        }
+    }
+}
+
+impl OpenOptions {
+    /// The defaults, read-only.
+    #[must_use]
+    pub fn read_only() -> Self {
+        Self { read_only: true, ..Self::default() }
+    }
+}

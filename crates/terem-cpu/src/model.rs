@@ -1,0 +1,175 @@
+//! CPU models as data.
+
+use crate::features::{FEATURES, Feature, FeatureSet, feature};
+
+/// What a guest is told its processor is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuModel {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The 12 letters of CPUID leaf 0.
+    pub vendor: [u8; 12],
+    /// Display family, model and stepping.
+    pub signature: (u32, u32, u32),
+    /// Brand string, up to 47 bytes.
+    pub brand: &'static str,
+    /// What it has.
+    pub features: FeatureSet,
+}
+
+/// Why a model cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    /// No such model.
+    #[error("there is no CPU model {0:?}; known are {known}", known = names())]
+    Unknown(String),
+    /// No such flag.
+    #[error("there is no CPU feature {0:?}{hint}", hint = hint(.0))]
+    UnknownFeature(String),
+}
+
+fn names() -> String {
+    models().iter().map(|m| m.name).collect::<Vec<_>>().join(", ")
+}
+
+/// Features that have the word as a part, for errors.
+fn hint(word: &str) -> String {
+    let like: Vec<_> =
+        FEATURES.iter().map(|f| f.name).filter(|n| n.contains(word) || word.contains(n)).collect();
+    if like.is_empty() { String::new() } else { format!(" (perhaps {}?)", like.join(" or ")) }
+}
+
+/// What x86-64 begins with, and a PC's operating systems take for granted.
+const BASELINE: &[&str] = &[
+    "fpu",
+    "de",
+    "pse",
+    "tsc",
+    "msr",
+    "pae",
+    "mce",
+    "cx8",
+    "apic",
+    "sep",
+    "mtrr",
+    "pge",
+    "mca",
+    "cmov",
+    "pat",
+    "pse36",
+    "clflush",
+    "mmx",
+    "fxsr",
+    "sse",
+    "sse2",
+    "syscall",
+    "nx",
+    "lm",
+    "hypervisor",
+];
+
+/// x86-64-v2 beyond that (x86-64 psABI, "Micro-Architecture Levels").
+const V2: &[&str] = &["cx16", "lahf-lm", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3"];
+
+/// What the default model has beyond v2: everything that costs nothing in software and makes guests
+/// safer or faster.
+const TEREM: &[&str] = &[
+    "aes",
+    "pclmulqdq",
+    "movbe",
+    "rdrand",
+    "rdseed",
+    "xsave",
+    "xsaveopt",
+    "xgetbv1",
+    "fsgsbase",
+    "smep",
+    "smap",
+    "umip",
+    "erms",
+    "fsrm",
+    "pcid",
+    "invpcid",
+    "pdpe1gb",
+    "rdtscp",
+    "rdpid",
+    "x2apic",
+    "tsc-deadline",
+    "tsc-adjust",
+    "arat",
+    "clflushopt",
+    "clwb",
+    "invtsc",
+    "3dnowprefetch",
+];
+
+/// The catalogue; the first is the default.
+///
+/// Family 15 is what other emulators show as their default as well: guests know it as a processor
+/// without the speculation flaws of later ones, which is true of a software CPU.
+#[must_use]
+pub fn models() -> Vec<CpuModel> {
+    let model = |name, brand, sets: &[&[&str]]| CpuModel {
+        name,
+        vendor: *b"AuthenticAMD",
+        signature: (15, 107, 1),
+        brand,
+        features: FeatureSet::of(&sets.concat()),
+    };
+    vec![
+        model("terem64", "Teremok virtual CPU", &[BASELINE, V2, TEREM]),
+        model("x86-64-v1", "Teremok virtual CPU (x86-64-v1)", &[BASELINE]),
+        model("x86-64-v2", "Teremok virtual CPU (x86-64-v2)", &[BASELINE, V2]),
+    ]
+}
+
+impl CpuModel {
+    /// The model `name` with `flags` (`+aes`, `-sse4.2`) applied in order.
+    ///
+    /// # Errors
+    /// All unknown names, not just the first.
+    pub fn find(name: &str, flags: &[String]) -> Result<Self, Vec<ModelError>> {
+        let mut errors = Vec::new();
+        let found = models().into_iter().find(|m| m.name == name);
+        if found.is_none() {
+            errors.push(ModelError::Unknown(name.into()));
+        }
+        let mut changes: Vec<(&'static Feature, bool)> = Vec::new();
+        for flag in flags {
+            let (on, word) = match flag.strip_prefix('-') {
+                Some(word) => (false, word),
+                None => (true, flag.strip_prefix('+').unwrap_or(flag)),
+            };
+            match feature(word) {
+                Some(f) => changes.push((f, on)),
+                None => errors.push(ModelError::UnknownFeature(word.into())),
+            }
+        }
+        let Some(mut model) = found.filter(|_| errors.is_empty()) else { return Err(errors) };
+        for (f, on) in changes {
+            model.features.set(f, on);
+        }
+        Ok(model)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_in_the_catalogue_is_a_feature() {
+        for name in [BASELINE, V2, TEREM].concat() {
+            assert!(feature(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn flags_are_applied_in_order_and_errors_come_together() {
+        let m = CpuModel::find("terem64", &["-aes".into(), "+aes".into(), "-sse4_2".into()]).unwrap();
+        assert!(m.features.has("aes") && !m.features.has("sse4.2"));
+        let errors = CpuModel::find("i386", &["+warp".into(), "-avx99".into()]).unwrap_err();
+        assert_eq!(errors.len(), 3);
+        assert!(errors[0].to_string().contains("terem64, x86-64-v1"));
+    }
+}

@@ -1,1 +1,41 @@
-//! (being built)
+//! What the user asks for: one description of a machine, however it was written down.
+//!
+//! `--disk debian.qcow2,readonly`, `disk = ["debian.qcow2,readonly"]` and a `[[disk]]` table in a TOML file all become the
+//! same [`DiskConfig`] through the same serde types, so that a key has one name, one help text and one check:
+//!
+//! ```text
+//! key=value,key=value ──KeyValues──┐
+//!                                  ├─serde─> MachineConfig ──validate──> every mistake at once
+//! machine.toml ─────────toml───────┘                └──to_toml──> machine.toml
+//! ```
+//!
+//! Nothing here touches the host: whether a file exists or memory suffices is the planner's question.
+#![forbid(unsafe_code)]
+
+mod accel;
+mod chardev;
+mod cpu;
+mod disk;
+mod error;
+mod file;
+mod forward;
+mod key_value;
+mod mac;
+mod machine;
+mod net;
+mod size;
+mod text;
+
+pub use accel::{AccelConfig, AccelKind};
+pub use chardev::CharConfig;
+pub use cpu::{CpuConfig, CpuFlag, CpusConfig, MAX_CPUS, Topology};
+pub use disk::{AioMode, CacheMode, DiscardMode, DiskConfig, DiskFormat};
+pub use error::{ConfigError, ConfigErrors, Place};
+pub use file::{from_toml, load};
+pub use forward::{Forward, Protocol};
+pub use key_value::{KeyValue, from_key_values};
+pub use mac::MacAddress;
+pub use machine::{MAX_MEMORY, MIN_MEMORY, MachineConfig, schema};
+pub use net::{NetBackendConfig, NetConfig, NetKind};
+pub use size::ByteSize;
+pub use text::TextError;

@@ -14,13 +14,21 @@
 //! Frames have no frame check sequence. Everything in a frame comes from the guest or from the wire: no
 //! implementation may panic, hang or read past its end for any content, length or header.
 
+#![deny(unsafe_code)] // allowed for the tap's ioctls only
+
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 
+mod checksum;
+mod complete;
 mod none;
+mod passt;
+mod tap;
 mod vnet;
 
 pub use none::NoNetwork;
+pub use passt::{Forward, GATEWAY_ADDRESS, GUEST_ADDRESS, Passt, PasstError, PasstOptions, Protocol};
+pub use tap::{Tap, TapError};
 pub use vnet::{Gso, Offloads, VNET_HEADER_LEN, VnetHeader, VnetHeaderError};
 
 /// The largest Ethernet frame that a backend takes or gives, in bytes: virtio 1.2, 5.1.6.3.1 (65,562 with the
@@ -108,4 +116,17 @@ pub trait NetBackend: Send + Sync + std::fmt::Debug {
     /// [`Self::transmit`] and [`Self::flush`] may go on. Drain `receive` until it says `None` before polling
     /// again, since frames may already be buffered on this side. `None`: nothing will ever arrive.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// A private copy of a frame; `None` if it is longer than any may be.
+fn gather(frame: &[IoSlice<'_>]) -> Option<Vec<u8>> {
+    let length = frame.iter().try_fold(0usize, |sum, part| sum.checked_add(part.len()))?;
+    if length > MAX_FRAME {
+        return None;
+    }
+    let mut copy = Vec::with_capacity(length);
+    for part in frame {
+        copy.extend_from_slice(part);
+    }
+    Some(copy)
 }

@@ -1,1 +1,42 @@
-//! (being built)
+//! The software CPU: runs unmodified x86-64 guests where there is no KVM, or none worth using.
+//!
+//! This is the interpreter, the reference that a translator is measured against: complete, plain, and
+//! as fast as decoding only once makes it. The way of an instruction:
+//!
+//! ```text
+//!   RIP ─ block.rs ─ known block? ──yes──> run.rs: op.run(cpu, op) for each op ─> handler in
+//!           │ no                                      integer/, sse/, x87/, system/
+//!           └ decode.rs (iced-x86, once) ─> ops                 │
+//!                                       memory.rs (TLB hit: one add) ─ mmu.rs (walk) ─ bus (MMIO)
+//!   pending interrupts: apic.rs ─ run.rs ─ event.rs (IDT)
+//! ```
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "cutting and reinterpreting values is what an instruction set defines"
+)]
+#![allow(clippy::inline_always, reason = "the hot path is meant to be one function in the end")]
+
+mod accelerator;
+mod apic;
+mod block;
+mod cpu;
+mod decode;
+mod event;
+mod fault;
+mod integer;
+mod membarrier;
+mod memory;
+mod mmu;
+mod op;
+mod run;
+mod segment;
+mod sse;
+mod stack;
+mod system;
+mod x87;
+
+pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
+pub use cpu::Stats;

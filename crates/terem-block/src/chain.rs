@@ -1,0 +1,316 @@
+//! Opens an image and, one after the other, its backing files.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use crate::engine::Engine;
+use crate::file::{File, FileFacts};
+use crate::lock::lock_image;
+use crate::node::Node;
+use crate::probe::{HEAD, foreign_format};
+use crate::qcow2::{Header, Qcow2, Tables};
+use crate::raw::Raw;
+use crate::{BackingPolicy, Cache, Format, OpenError, OpenOptions};
+
+/// Most backing files below an image.
+const MAX_DEPTH: usize = 200;
+
+/// An image file, checked and locked, before its format is known.
+pub(crate) struct ImageFile {
+    file: fs::File,
+    path: PathBuf,
+    len: u64,
+    block_device: bool,
+    writing: bool,
+}
+
+impl ImageFile {
+    /// Opens `path`, and locks it if `lock` is set. `seen` are the device and inode numbers of the images
+    /// above it; its own are added.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub(crate) fn open(
+        path: &Path,
+        writing: bool,
+        lock: bool,
+        seen: &mut Vec<(u64, u64)>,
+    ) -> Result<Self, OpenError> {
+        let owned = || path.to_owned();
+        // Before opening: a FIFO or a device could do something at being opened.
+        let kind = fs::metadata(path).map_err(|e| open_failed(path, writing, e))?.file_type();
+        if kind.is_dir() {
+            return Err(OpenError::IsDirectory { path: owned() });
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            let kind = if kind.is_char_device() {
+                "a character device"
+            } else if kind.is_fifo() {
+                "a FIFO"
+            } else {
+                "a socket"
+            };
+            return Err(OpenError::NotADisk { path: owned(), kind });
+        }
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(writing)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|e| open_failed(path, writing, e))?;
+        let meta = file.metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
+        let identity = (meta.dev(), meta.ino());
+        if seen.contains(&identity) {
+            return Err(OpenError::BackingCycle { path: owned(), again: owned() });
+        }
+        seen.push(identity);
+        let fd = OwnedFd::from(file);
+        if lock {
+            lock_image(&fd, path, writing)?;
+        }
+        let len = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0))
+            .map_err(|e| OpenError::io(path, "asking for the image's length", e.into()))?;
+        let block_device = meta.file_type().is_block_device();
+        Ok(Self { file: fd.into(), path: owned(), len, block_device, writing })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes in the file.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The plain file, for reading and writing before there is an engine.
+    pub(crate) fn plain(&self) -> &fs::File {
+        &self.file
+    }
+
+    /// `len` bytes from `offset` on; `what` is for the error message.
+    ///
+    /// # Errors
+    /// [`OpenError::Truncated`] when they are not all in the file (checked before memory is taken).
+    pub(crate) fn read(&self, offset: u64, len: u64, what: &str) -> Result<Vec<u8>, OpenError> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(OpenError::truncated(
+                &self.path,
+                format!("{what} at {offset:#x}, {len:#x} bytes, is beyond the end of the file ({:#x})", self.len),
+            ));
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(|e| OpenError::io(&self.path, "reading the image", e))?;
+        Ok(bytes)
+    }
+
+    /// The first bytes, [`HEAD`] at most.
+    pub(crate) fn head(&self) -> Result<Vec<u8>, OpenError> {
+        self.read(0, self.len.min(HEAD as u64), "the beginning")
+    }
+
+    /// The format that was asked for, or the one the image looks like.
+    pub(crate) fn format(&self, asked: Option<Format>) -> Result<Format, OpenError> {
+        if let Some(format) = asked {
+            return Ok(format);
+        }
+        match foreign_format(&self.head()?) {
+            None => Ok(Format::Raw),
+            Some("qcow2") => Ok(Format::Qcow2),
+            Some(other) => Err(OpenError::Unsupported {
+                path: self.path.clone(),
+                feature: format!("the image format {other}"),
+                hint: "convert it with `qemu-img convert -O qcow2`, or open it with format=raw if it is a plain disk",
+            }),
+        }
+    }
+
+    /// Hands the file to an engine.
+    fn into_storage(self, engine: &Rc<Engine>, cache: Cache) -> Result<File, OpenError> {
+        let fd = OwnedFd::from(self.file);
+        let fail = |e: rustix::io::Errno| match e {
+            rustix::io::Errno::INVAL => OpenError::Unsupported {
+                path: self.path.clone(),
+                feature: "direct I/O on this file system".into(),
+                hint: "use cache=writeback",
+            },
+            e => OpenError::io(&self.path, "switching to direct I/O", e.into()),
+        };
+        let mut align = 1;
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(fail)? - rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(&fd, flags).map_err(fail)?;
+        if cache == Cache::Direct {
+            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::DIRECT).map_err(fail)?;
+            align = direct_alignment(&fd);
+        }
+        let facts = FileFacts {
+            align,
+            block_device: self.block_device,
+            read_only: !self.writing,
+            durable: cache != Cache::Unsafe,
+            len: self.len,
+        };
+        Ok(File::new(Rc::clone(engine), fd, self.path, &facts))
+    }
+}
+
+/// What direct I/O on this file must be aligned to, in bytes.
+fn direct_alignment(fd: &OwnedFd) -> u64 {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    let align = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+        .map_or(0, |s| s.stx_dio_offset_align.max(s.stx_dio_mem_align));
+    // Old kernels do not say; 4096 suits all.
+    if align.is_power_of_two() && (512..=4096).contains(&align) { align.into() } else { 4096 }
+}
+
+fn open_failed(path: &Path, writing: bool, error: io::Error) -> OpenError {
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => OpenError::Permission { path: path.to_owned(), writing },
+        _ => OpenError::io(path, "opening the image", error),
+    }
+}
+
+/// Opens the image at `path` and all that is below it.
+pub(crate) fn open_chain(engine: &Rc<Engine>, path: &Path, options: &OpenOptions) -> Result<Node, OpenError> {
+    open_node(engine, path, options.format, !options.read_only, options, &mut Vec::new())
+}
+
+fn open_node(
+    engine: &Rc<Engine>,
+    path: &Path,
+    format: Option<Format>,
+    writing: bool,
+    options: &OpenOptions,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Node, OpenError> {
+    if seen.len() > MAX_DEPTH {
+        return Err(OpenError::BackingTooDeep { path: path.to_owned(), max: MAX_DEPTH });
+    }
+    let image = ImageFile::open(path, writing, options.lock, seen)?;
+    match image.format(format)? {
+        Format::Raw => {
+            let guarded = writing && format.is_none();
+            Ok(Node::Raw(Raw::new(image.into_storage(engine, options.cache)?, guarded, options.discard)))
+        }
+        Format::Qcow2 => {
+            let header = Header::read(&image)?;
+            let tables = Tables::load(&image, header, writing)?;
+            let backing = open_backing(engine, path, tables.header(), options, seen)?;
+            let file = image.into_storage(engine, options.cache)?;
+            Ok(Node::Qcow2(Box::new(Qcow2::new(file, tables, backing, options))))
+        }
+    }
+}
+
+fn open_backing(
+    engine: &Rc<Engine>,
+    path: &Path,
+    header: &Header,
+    options: &OpenOptions,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Option<Node>, OpenError> {
+    let Some(name) = &header.backing else { return Ok(None) };
+    let below = resolve_backing(path, name, &options.backing)?;
+    let wrap = |source| OpenError::Backing { path: path.to_owned(), source: Box::new(source) };
+    let format = match header.backing_format.as_deref() {
+        None => None,
+        Some("raw" | "host_device") => Some(Format::Raw),
+        Some("qcow2") => Some(Format::Qcow2),
+        Some(other) => {
+            return Err(wrap(OpenError::Unsupported {
+                path: below,
+                feature: format!("a backing file of format {other}"),
+                hint: "convert it with `qemu-img convert -O qcow2`",
+            }));
+        }
+    };
+    let node = open_node(engine, &below, format, false, options, seen).map_err(|error| match error {
+        OpenError::BackingCycle { again, .. } => OpenError::BackingCycle { path: path.to_owned(), again },
+        too_deep @ OpenError::BackingTooDeep { .. } => too_deep,
+        other => wrap(other),
+    })?;
+    Ok(Some(node))
+}
+
+/// Where the backing file is that the image at `path` calls `name`, if it may be opened.
+pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -> Result<PathBuf, OpenError> {
+    let refused = |reason: &str| OpenError::BackingRefused {
+        path: path.to_owned(),
+        backing: name.to_owned(),
+        reason: reason.to_owned(),
+    };
+    if *policy == BackingPolicy::None {
+        return Err(refused("backing files are switched off for this disk; flatten it with `qemu-img convert`"));
+    }
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    // As QEMU: a colon before the first slash is a protocol ("json:" too).
+    if plain.split('/').next().is_some_and(|first| first.contains(':')) {
+        return Err(refused("it is not a plain file name; only local files can back an image"));
+    }
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let below = directory.join(plain);
+    let wrap = |e| OpenError::Backing {
+        path: path.to_owned(),
+        source: Box::new(open_failed(&below, false, e)),
+    };
+    let resolved = below.canonicalize().map_err(wrap)?;
+    let allowed = match policy {
+        BackingPolicy::Any => return Ok(resolved),
+        BackingPolicy::Allow(paths) => paths.as_slice(),
+        BackingPolicy::SameDirectory | BackingPolicy::None => &[],
+    };
+    let within = |p: &Path| p.canonicalize().is_ok_and(|p| resolved.starts_with(p));
+    if within(directory) || allowed.iter().any(|p| within(p)) {
+        return Ok(resolved);
+    }
+    Err(refused(&format!(
+        "{} is outside of the image's directory; move it there, or allow it explicitly if the image can be trusted",
+        resolved.display()
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backing_files_stay_where_they_may_be() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (inner, other) = (dir.path().join("vm"), dir.path().join("other"));
+        fs::create_dir_all(inner.join("sub")).expect("created");
+        fs::create_dir(&other).expect("created");
+        for file in [inner.join("base"), inner.join("sub/base"), other.join("base")] {
+            fs::write(file, b"x").expect("written");
+        }
+        std::os::unix::fs::symlink(other.join("base"), inner.join("link")).expect("linked");
+        let image = inner.join("top.qcow2");
+        let same = BackingPolicy::SameDirectory;
+        let absolute = inner.join("base").display().to_string();
+        for name in ["base", "./base", "sub/base", "file:base", &absolute] {
+            assert!(resolve_backing(&image, name, &same).is_ok(), "{name}");
+        }
+        for name in ["../other/base", "link", "json:{}", "nbd://x/y", "nbd:unix:/x", "/etc/passwd"] {
+            let e = resolve_backing(&image, name, &same).expect_err(name);
+            assert!(matches!(e, OpenError::BackingRefused { .. }), "{name}: {e}");
+        }
+        let allow = BackingPolicy::Allow(vec![other.clone()]);
+        assert_eq!(
+            resolve_backing(&image, "link", &allow).expect("allowed"),
+            other.join("base").canonicalize().expect("there")
+        );
+        assert!(resolve_backing(&image, "/etc/passwd", &allow).is_err());
+        assert!(resolve_backing(&image, "/etc/passwd", &BackingPolicy::Any).is_ok());
+        assert!(resolve_backing(&image, "base", &BackingPolicy::None).is_err());
+        let e = resolve_backing(&image, "nowhere", &same).expect_err("missing");
+        assert!(e.to_string().contains("nowhere"), "{e}");
+    }
+}

@@ -1,0 +1,325 @@
+//! An open disk: its I/O thread, and the way from [`BlockBackend::submit`] to a format and back.
+//!
+//! ```text
+//!  any thread ──submit──> inbox ──bell──> I/O thread: one task a request ──> Node (qcow2, raw)
+//!       <───────────── complete(result) ──────────────────┘                    │
+//!                                                   engine (io_uring or threads) ──> file
+//! ```
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::poll_fn;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::task::Poll;
+use std::thread::JoinHandle;
+
+use crate::chain::open_chain;
+use crate::engine::{Bell, Engine};
+use crate::executor::Executor;
+use crate::node::Node;
+use crate::{AioEngine, BlockBackend, Complete, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request};
+
+/// Stack of an I/O thread: a read may go down a chain of 200 images. Only what is used takes memory.
+const STACK: usize = 8 << 20;
+
+/// Facts about an open disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskFacts {
+    /// The image's path as given.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// Its backing files from the nearest to the last.
+    pub backing: Vec<PathBuf>,
+    /// What carries out the I/O ([`AioEngine::IoUring`] or [`AioEngine::Threads`]).
+    pub aio: AioEngine,
+}
+
+#[derive(Default)]
+struct Inbox {
+    requests: VecDeque<(Op, Completion)>,
+    /// No request is taken any more.
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    inbox: Mutex<Inbox>,
+    /// Requests taken and not completed.
+    in_flight: Mutex<u64>,
+    ended: Condvar,
+    /// Whether to leave without writing anything back, as if killed (for tests of crash consistency).
+    abandon: AtomicBool,
+}
+
+impl Shared {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Calls the callback exactly once, whatever happens to its task.
+struct Completion {
+    complete: Option<Complete>,
+    shared: Arc<Shared>,
+}
+
+impl Completion {
+    fn finish(mut self, result: Result<(), IoError>) {
+        self.call(result);
+    }
+
+    fn call(&mut self, result: Result<(), IoError>) {
+        let Some(complete) = self.complete.take() else { return };
+        complete(result);
+        let mut in_flight = self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        *in_flight = in_flight.saturating_sub(1);
+        if *in_flight == 0 {
+            self.shared.ended.notify_all();
+        }
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        self.call(Err(IoError::Closed));
+    }
+}
+
+/// An open disk. Dropping it completes all requests, flushes and closes the image.
+pub struct Disk {
+    geometry: Geometry,
+    facts: DiskFacts,
+    shared: Arc<Shared>,
+    bell: Arc<Bell>,
+    thread: Option<JoinHandle<Result<(), IoError>>>,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("facts", &self.facts).field("geometry", &self.geometry).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens the image at `path`, its backing files, and starts its I/O thread.
+    ///
+    /// # Errors
+    /// [`OpenError`] says which file, why, and what to do.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OpenError> {
+        let (path, options) = (path.as_ref().to_owned(), options.clone());
+        let shared = Arc::new(Shared::default());
+        let (tell, told) = mpsc::channel();
+        let thread_shared = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("disk".into())
+            .stack_size(STACK)
+            .spawn(move || io_thread(path, &options, thread_shared, &tell))
+            .map_err(OpenError::Thread)?;
+        match told.recv() {
+            Ok(Ok((geometry, facts, bell))) => {
+                Ok(Self { geometry, facts, shared, bell, thread: Some(thread) })
+            }
+            Ok(Err(error)) => {
+                // Its locks must be gone when the caller tries again.
+                let _ = thread.join();
+                Err(error)
+            }
+            Err(_) => Err(OpenError::Thread(std::io::Error::other("it ended at once"))),
+        }
+    }
+
+    /// Path, format and backing files.
+    #[must_use]
+    pub fn facts(&self) -> &DiskFacts {
+        &self.facts
+    }
+
+    /// Completes all requests, flushes and closes the image.
+    ///
+    /// # Errors
+    /// [`IoError`] when the last flush failed: data written since the flush before may be lost.
+    pub fn close(mut self) -> Result<(), IoError> {
+        self.shut_down()
+    }
+
+    /// Leaves the image as a killed process would: nothing that is not written yet will be.
+    #[doc(hidden)]
+    pub fn abandon(mut self) {
+        self.shared.abandon.store(true, Ordering::Relaxed);
+        let _ = self.shut_down();
+    }
+
+    /// Submits `op` and waits for its end. For tools and tests; devices use [`BlockBackend::submit`].
+    ///
+    /// # Errors
+    /// As the request's.
+    pub fn run(&self, op: Op) -> Result<(), IoError> {
+        let (tell, told) = mpsc::channel();
+        self.submit(Request::new(op, move |result| {
+            let _ = tell.send(result);
+        }));
+        told.recv().unwrap_or(Err(IoError::Closed))
+    }
+
+    fn shut_down(&mut self) -> Result<(), IoError> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        self.shared.inbox().closed = true;
+        self.bell.ring();
+        thread.join().unwrap_or(Err(IoError::Closed))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(error) = self.shut_down() {
+            tracing::error!(path = %self.facts.path.display(), %error, "the last flush of the disk failed");
+        }
+    }
+}
+
+impl BlockBackend for Disk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn submit(&self, request: Request) {
+        let completion = Completion { complete: Some(request.complete), shared: Arc::clone(&self.shared) };
+        *self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        if let Err(error) = check_request(&self.geometry, &request.op) {
+            return completion.finish(Err(error));
+        }
+        let mut inbox = self.shared.inbox();
+        if inbox.closed {
+            drop(inbox);
+            return completion.finish(Err(IoError::Closed));
+        }
+        let first = inbox.requests.is_empty();
+        inbox.requests.push_back((request.op, completion));
+        drop(inbox);
+        if first {
+            self.bell.ring();
+        }
+    }
+
+    fn drain(&self) {
+        let mut in_flight = self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        while *in_flight > 0 {
+            in_flight = self.shared.ended.wait(in_flight).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Whether a request, which may be a guest's, can be carried out on such a disk.
+fn check_request(geometry: &Geometry, op: &Op) -> Result<(), IoError> {
+    let (offset, length) = op.range();
+    let size = geometry.size;
+    if offset.checked_add(length).is_none_or(|end| end > size) {
+        return Err(IoError::OutOfRange { offset, length, size });
+    }
+    match op {
+        Op::Read { .. } | Op::Flush => Ok(()),
+        _ if geometry.read_only => Err(IoError::ReadOnly),
+        Op::Write { .. } => Ok(()),
+        Op::Discard { .. } | Op::WriteZeroes { .. } if length > geometry.max_discard => {
+            Err(IoError::TooLarge { length, max: geometry.max_discard })
+        }
+        Op::Discard { .. } | Op::WriteZeroes { .. } => Ok(()),
+    }
+}
+
+type Opened = Result<(Geometry, DiskFacts, Arc<Bell>), OpenError>;
+
+/// The life of an I/O thread.
+fn io_thread(
+    path: PathBuf,
+    options: &OpenOptions,
+    shared: Arc<Shared>,
+    tell: &mpsc::Sender<Opened>,
+) -> Result<(), IoError> {
+    let opened = Engine::new(options.aio).and_then(|engine| {
+        let node = open_chain(&engine, &path, options)?;
+        Ok((engine, node))
+    });
+    let (engine, node) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            let _ = tell.send(Err(error));
+            return Ok(());
+        }
+    };
+    let facts = DiskFacts { path, format: node.format(), backing: node.backing_paths(), aio: engine.kind() };
+    let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
+    let executor = Executor::new(Rc::clone(&engine));
+    let node = Rc::new(node);
+    let result = executor.block_on(serve(&engine, &executor, &node, &shared));
+    shared.inbox().closed = true;
+    // Whatever is still there is completed as Closed by being dropped.
+    let left = std::mem::take(&mut shared.inbox().requests);
+    drop(left);
+    result.unwrap_or_else(|error| Err(error.into()))
+}
+
+/// Takes requests until the disk is closed and all of them have ended; then closes the image.
+async fn serve(
+    engine: &Rc<Engine>,
+    executor: &Rc<Executor>,
+    node: &Rc<Node>,
+    shared: &Arc<Shared>,
+) -> Result<(), IoError> {
+    let tasks = Rc::new(Tasks::default());
+    loop {
+        let (requests, closed) = poll_fn(|cx| {
+            engine.wake_on_bell(cx.waker());
+            tasks.wake_when_idle(cx.waker());
+            let mut inbox = shared.inbox();
+            if inbox.requests.is_empty() && !(inbox.closed && tasks.count.get() == 0) {
+                return Poll::Pending;
+            }
+            Poll::Ready((std::mem::take(&mut inbox.requests), inbox.closed))
+        })
+        .await;
+        if requests.is_empty() && closed {
+            break;
+        }
+        for (op, completion) in requests {
+            let (node, tasks) = (Rc::clone(node), Rc::clone(&tasks));
+            tasks.count.set(tasks.count.get() + 1);
+            executor.spawn(async move {
+                let what = format!("{op:?}");
+                let result = node.execute(op).await;
+                if let Err(error) = &result {
+                    tracing::debug!(what, %error, "a disk request failed");
+                }
+                completion.finish(result);
+                tasks.ended();
+            });
+        }
+    }
+    if shared.abandon.load(Ordering::Relaxed) { Ok(()) } else { node.close().await }
+}
+
+/// Counts the tasks of requests.
+#[derive(Default)]
+struct Tasks {
+    count: std::cell::Cell<usize>,
+    idle: std::cell::RefCell<Option<std::task::Waker>>,
+}
+
+impl Tasks {
+    fn wake_when_idle(&self, waker: &std::task::Waker) {
+        *self.idle.borrow_mut() = Some(waker.clone());
+    }
+
+    fn ended(&self) {
+        self.count.set(self.count.get() - 1);
+        if self.count.get() == 0
+            && let Some(waker) = self.idle.borrow_mut().take()
+        {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! A host file or block device as storage: any offset, length and memory, whatever its alignment rules.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::IoError;
+use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::range_lock::RangeLock;
+
+/// Most bytes in one read or write system call; keeps lengths far below what the kernel cuts off.
+const MAX_TRANSFER: u64 = 1 << 30;
+
+/// An open file and the engine for its I/O.
+pub(crate) struct File {
+    engine: Rc<Engine>,
+    fd: Arc<OwnedFd>,
+    path: PathBuf,
+    /// What offsets, lengths and addresses must be multiples of: 1 through the page cache.
+    align: u64,
+    block_device: bool,
+    read_only: bool,
+    /// Whether flushes reach the storage.
+    durable: bool,
+    /// Bytes in the file: grows with our writes; nobody else changes it while we hold its lock.
+    len: Cell<u64>,
+    /// After a failed sync the kernel may have dropped what it could not write.
+    sync_failed: Cell<bool>,
+    no_zero_range: Cell<bool>,
+    no_punch_hole: Cell<bool>,
+    /// With alignment rules: whole blocks are written shared, parts of blocks exclusively.
+    blocks: RangeLock,
+}
+
+/// What [`File::new`] needs to know.
+pub(crate) struct FileFacts {
+    pub(crate) align: u64,
+    pub(crate) block_device: bool,
+    pub(crate) read_only: bool,
+    pub(crate) durable: bool,
+    pub(crate) len: u64,
+}
+
+impl File {
+    pub(crate) fn new(engine: Rc<Engine>, fd: OwnedFd, path: PathBuf, facts: &FileFacts) -> Self {
+        let &FileFacts { align, block_device, read_only, durable, len } = facts;
+        Self {
+            engine,
+            fd: Arc::new(fd),
+            path,
+            align,
+            block_device,
+            read_only,
+            durable,
+            len: Cell::new(len),
+            sync_failed: Cell::new(false),
+            no_zero_range: Cell::new(false),
+            no_punch_hole: Cell::new(false),
+            blocks: RangeLock::default(),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes in the file.
+    pub(crate) fn len(&self) -> u64 {
+        self.len.get()
+    }
+
+    pub(crate) fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub(crate) fn align(&self) -> u64 {
+        self.align
+    }
+
+    async fn run(&self, action: Action) -> Result<usize, IoError> {
+        Ok(self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await?)
+    }
+
+    /// `fallocate(2)`.
+    async fn allocate(&self, mode: i32, offset: u64, length: u64) -> Result<(), IoError> {
+        loop {
+            match self.run(Action::Allocate { mode, offset, length }).await {
+                Err(IoError::Os(libc::EINTR)) => {}
+                other => return other.map(drop),
+            }
+        }
+    }
+
+    /// Fills `views`, one after the other, from `offset` on. What lies beyond the file's end reads as zeroes.
+    pub(crate) async fn read(&self, offset: u64, views: &[View]) -> Result<(), IoError> {
+        let total: usize = views.iter().map(View::len).sum();
+        if self.align == 1 {
+            return self.read_aligned(offset, views, total).await;
+        }
+        let fits = Vectors::new(views, 0).0.aligned(to_usize(self.align));
+        let pieces: usize = Vectors::new(views, 0).1;
+        if offset.is_multiple_of(self.align) && fits && pieces == total {
+            return self.read_aligned(offset, views, total).await;
+        }
+        let start = offset - offset % self.align;
+        let bounce = View::zeroed(to_usize((offset - start + total as u64).next_multiple_of(self.align)));
+        self.read_aligned(start, std::slice::from_ref(&bounce), bounce.len()).await?;
+        let mut at = to_usize(offset - start);
+        for view in views {
+            view.put(&bounce.part(at, view.len()).to_vec());
+            at += view.len();
+        }
+        Ok(())
+    }
+
+    async fn read_aligned(&self, offset: u64, views: &[View], total: usize) -> Result<(), IoError> {
+        let mut done = 0;
+        while done < total {
+            let (memory, _) = Vectors::new(views, done);
+            let position = offset.checked_add(done as u64).ok_or(IoError::Os(libc::EFBIG))?;
+            if i64::try_from(position).is_err() {
+                break;
+            }
+            let n = match self.run(Action::Read { offset: position, memory }).await {
+                Err(IoError::Os(libc::EINTR | libc::EAGAIN)) => continue,
+                other => other?,
+            };
+            // With alignment rules a short read that ends within a block is the end of the file.
+            if n == 0 || !(n as u64).is_multiple_of(self.align) {
+                done += n;
+                break;
+            }
+            done += n;
+        }
+        let mut at = 0;
+        for view in views {
+            let got = done.saturating_sub(at).min(view.len());
+            view.mark_written(got);
+            view.part(got, view.len()).zero();
+            at += view.len();
+        }
+        Ok(())
+    }
+
+    /// Writes `views`, one after the other, at `offset`.
+    pub(crate) async fn write(&self, offset: u64, views: &[View]) -> Result<(), IoError> {
+        let total: usize = views.iter().map(View::len).sum();
+        let end = offset.checked_add(total as u64).ok_or(IoError::Os(libc::EFBIG))?;
+        // Before, not after: should it fail midway, what was there reads as zeroes no more.
+        self.len.set(self.len.get().max(end));
+        if self.align > 1 {
+            let (vectors, pieces) = Vectors::new(views, 0);
+            let whole = offset.is_multiple_of(self.align) && end.is_multiple_of(self.align);
+            let range = offset / self.align..end.div_ceil(self.align);
+            if whole && pieces == total && vectors.aligned(to_usize(self.align)) {
+                let _blocks = self.blocks.shared(range).await;
+                self.write_aligned(offset, views, total).await?;
+            } else {
+                let _blocks = self.blocks.exclusive(range).await;
+                self.write_bounced(offset, views, total).await?;
+            }
+        } else {
+            self.write_aligned(offset, views, total).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes through a buffer of whole blocks, whose other bytes are read before.
+    async fn write_bounced(&self, offset: u64, views: &[View], total: usize) -> Result<(), IoError> {
+        let start = offset - offset % self.align;
+        let bounce = View::zeroed(to_usize((offset - start + total as u64).next_multiple_of(self.align)));
+        self.read_aligned(start, std::slice::from_ref(&bounce), bounce.len()).await?;
+        let mut at = to_usize(offset - start);
+        for view in views {
+            bounce.part(at, view.len()).put(&view.to_vec());
+            at += view.len();
+        }
+        self.write_aligned(start, std::slice::from_ref(&bounce), bounce.len()).await
+    }
+
+    async fn write_aligned(&self, offset: u64, views: &[View], total: usize) -> Result<(), IoError> {
+        let mut done = 0;
+        while done < total {
+            let (memory, _) = Vectors::new(views, done);
+            match self.run(Action::Write { offset: offset + done as u64, memory }).await {
+                Ok(0) => return Err(IoError::NoSpace),
+                Ok(n) => done += n,
+                Err(IoError::Os(libc::EINTR | libc::EAGAIN)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// `len` bytes from `offset` on.
+    pub(crate) async fn read_bytes(&self, offset: u64, len: usize) -> Result<Vec<u8>, IoError> {
+        let view = View::zeroed(len);
+        self.read(offset, std::slice::from_ref(&view)).await?;
+        Ok(view.to_vec())
+    }
+
+    /// Writes a copy of `bytes`.
+    pub(crate) async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), IoError> {
+        self.write(offset, &[View::copy_of(bytes)]).await
+    }
+
+    /// Makes all that was written durable.
+    pub(crate) async fn sync(&self) -> Result<(), IoError> {
+        if self.sync_failed.get() {
+            return Err(IoError::FlushFailed);
+        }
+        if !self.durable || self.read_only {
+            return Ok(());
+        }
+        self.run(Action::Sync).await.map(drop).inspect_err(|_| self.sync_failed.set(true))
+    }
+
+    /// Gives storage back; the range reads as zeroes or as before. Never fails for want of support.
+    pub(crate) async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
+        self.punch_hole(offset, length).await.map(drop)
+    }
+
+    async fn punch_hole(&self, offset: u64, length: u64) -> Result<bool, IoError> {
+        let (start, end) = self.whole_blocks(offset, length);
+        if self.no_punch_hole.get() || start >= end {
+            return Ok(start >= end && length == 0);
+        }
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        match self.allocate(mode, start, end - start).await {
+            Ok(_) => Ok(start == offset && end == offset + length),
+            Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::EPERM | libc::ENODEV)) => {
+                self.no_punch_hole.set(true);
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The part of a range that `fallocate` takes: all of it in files, whole sectors on block devices.
+    fn whole_blocks(&self, offset: u64, length: u64) -> (u64, u64) {
+        let end = offset.saturating_add(length);
+        if self.block_device {
+            let unit = self.align.max(4096);
+            (offset.next_multiple_of(unit), end - end % unit)
+        } else {
+            (offset, end)
+        }
+    }
+
+    /// Makes the range read as zeroes. With `unmap` storage may be given back.
+    pub(crate) async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), IoError> {
+        const STEP: u64 = 1 << 20;
+        let end = offset.checked_add(length).ok_or(IoError::Os(libc::EFBIG))?;
+        if length == 0 {
+            return Ok(());
+        }
+        // Punching keeps the file's size, so it is no way to make a file grow.
+        if unmap && end <= self.len.get() && self.punch_hole(offset, length).await? {
+            return Ok(());
+        }
+        if !self.no_zero_range.get() && !self.block_device {
+            let mode = libc::FALLOC_FL_ZERO_RANGE;
+            match self.allocate(mode, offset, end - offset).await {
+                Ok(_) => {
+                    self.len.set(self.len.get().max(end));
+                    return Ok(());
+                }
+                Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::EPERM)) => {
+                    self.no_zero_range.set(true);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        let zeroes = View::zeroed(to_usize(STEP.min(length)));
+        let mut at = offset;
+        while at < end {
+            let n = STEP.min(end - at);
+            self.write(at, &[zeroes.part(0, to_usize(n))]).await?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that later writes to the range find space. The contents are then undefined.
+    pub(crate) async fn reserve(&self, offset: u64, length: u64) -> Result<(), IoError> {
+        if self.block_device {
+            return Ok(());
+        }
+        match self.allocate(0, offset, length).await {
+            Ok(_) => {
+                self.len.set(self.len.get().max(offset + length));
+                Ok(())
+            }
+            Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                self.write(offset, &[View::zeroed(to_usize(length.min(MAX_TRANSFER)))]).await
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// A length that is known to be that of memory.
+pub(crate) fn to_usize(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,67 @@
+//! Tables that are read at opening and kept in memory.
+
+use super::header::{CORRUPT, DIRTY, Header};
+use super::rebuild::rebuild_refcounts;
+use super::snapshot::{Snapshot, read_snapshots};
+use crate::OpenError;
+use crate::chain::ImageFile;
+
+/// The header and the top tables of an image.
+pub(crate) struct Tables {
+    pub(super) header: Header,
+    pub(super) l1: Vec<u64>,
+    pub(super) reftable: Vec<u64>,
+    pub(super) snapshots: Vec<Snapshot>,
+    /// Bytes of the snapshot table.
+    pub(super) snapshot_bytes: u64,
+}
+
+impl Tables {
+    /// Reads the tables. For writing, an image that was not closed properly with lazy refcounts gets its
+    /// refcounts rebuilt first.
+    ///
+    /// # Errors
+    /// [`OpenError`] when they are not in the file or contradict the specification, or when an image that
+    /// is marked corrupt is to be written.
+    pub(crate) fn load(image: &ImageFile, mut header: Header, writing: bool) -> Result<Self, OpenError> {
+        if writing && header.incompatible & CORRUPT != 0 {
+            return Err(OpenError::MarkedCorrupt { path: image.path().to_owned() });
+        }
+        if writing && header.incompatible & DIRTY != 0 {
+            tracing::warn!(path = %image.path().display(), "was not closed properly, rebuilding its refcounts");
+            rebuild_refcounts(image, &Self::read(image, header)?)?;
+            header = Header::read(image)?;
+        }
+        Self::read(image, header)
+    }
+
+    pub(crate) fn read(image: &ImageFile, header: Header) -> Result<Self, OpenError> {
+        let l1 = read_table(image, header.l1_offset, u64::from(header.l1_size) * 8, "the L1 table")?;
+        let reftable_bytes = u64::from(header.reftable_clusters) * header.cluster_size();
+        let reftable = read_table(image, header.reftable_offset, reftable_bytes, "the refcount table")?;
+        let (snapshots, snapshot_bytes) = read_snapshots(image, &header)?;
+        Ok(Self { header, l1, reftable, snapshots, snapshot_bytes })
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        &self.header
+    }
+
+    pub(crate) fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+}
+
+/// A table of big-endian 64-bit entries.
+pub(super) fn read_table(image: &ImageFile, offset: u64, bytes: u64, what: &str) -> Result<Vec<u64>, OpenError> {
+    if bytes == 0 {
+        return Ok(Vec::new());
+    }
+    let bytes = image.read(offset, bytes, what)?;
+    Ok(entries(&bytes))
+}
+
+/// The big-endian 64-bit entries in `bytes`.
+pub(super) fn entries(bytes: &[u8]) -> Vec<u64> {
+    bytes.as_chunks::<8>().0.iter().map(|&e| u64::from_be_bytes(e)).collect()
+}

@@ -1,0 +1,3 @@
+//! Boards: which devices there are and how they are wired.
+
+pub mod ports;

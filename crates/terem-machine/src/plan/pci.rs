@@ -1,0 +1,106 @@
+//! PCI addresses on bus 0, and where INTx pins lead.
+
+use serde::{Serialize, Serializer};
+use terem_devices::pci::Address;
+
+/// Device numbers on a bus.
+pub const SLOTS: u8 = 32;
+/// INTA# to INTD#.
+pub const INTX_PINS: u8 = 4;
+/// The slot of the LPC bridge, the last one.
+const LPC_SLOT: u8 = 31;
+/// The first I/O APIC input that PCI interrupts use (ICH9 datasheet, "PIRQA# – IRQ16").
+const FIRST_GSI: u32 = 16;
+
+/// The memory controller hub's host bridge.
+#[must_use]
+pub fn host_bridge() -> Address {
+    Address::new(0, 0)
+}
+
+/// The ICH9's LPC bridge.
+#[must_use]
+pub fn lpc() -> Address {
+    Address::new(LPC_SLOT, 0)
+}
+
+/// Which of the wires PIRQA (0) to PIRQH (7) the INTx pin `pin` (0–3) of a slot is on: the ICH9's own devices
+/// (from slot 25 on) are on A to D, pin by pin; the others on E to H, turned by one from slot to slot so that
+/// they share evenly.
+#[must_use]
+pub fn pirq(slot: u8, pin: u8) -> u8 {
+    const FIRST_OWN: u8 = 25;
+    if slot >= FIRST_OWN { pin % INTX_PINS } else { INTX_PINS + slot.wrapping_add(pin) % INTX_PINS }
+}
+
+/// The I/O APIC input that the pin arrives at.
+#[must_use]
+pub fn gsi(slot: u8, pin: u8) -> u32 {
+    FIRST_GSI + u32::from(pirq(slot, pin))
+}
+
+/// Hands out slots in ascending order.
+#[derive(Debug)]
+pub struct Slots {
+    next: u8,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self { next: 1 }
+    }
+}
+
+impl Slots {
+    /// How many there are.
+    pub const ROOM: usize = LPC_SLOT as usize - 1;
+
+    /// The next one, if there is one.
+    pub fn take(&mut self) -> Option<PciAddress> {
+        let slot = self.next;
+        (slot < LPC_SLOT).then(|| {
+            self.next += 1;
+            PciAddress(Address::new(slot, 0))
+        })
+    }
+}
+
+/// An address on bus 0 that is written as tools write it: `0000:00:01.0`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PciAddress(pub Address);
+
+impl std::fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "0000:00:{}", self.0)
+    }
+}
+
+impl Serialize for PciAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_spread_over_the_wires() {
+        assert_eq!([1, 2, 3, 4, 5].map(|slot| gsi(slot, 0)), [21, 22, 23, 20, 21]);
+        assert_eq!([0, 1, 2, 3].map(|pin| gsi(31, pin)), [16, 17, 18, 19]);
+        for slot in 0..SLOTS {
+            for pin in 0..INTX_PINS {
+                assert!((16..24).contains(&gsi(slot, pin)));
+            }
+        }
+    }
+
+    #[test]
+    fn slots_end_before_the_bridge() {
+        let mut slots = Slots::default();
+        let all: Vec<_> = std::iter::from_fn(|| slots.take()).collect();
+        assert_eq!(all.len(), Slots::ROOM);
+        assert_eq!((all[0].to_string(), all[29].0.device()), ("0000:00:01.0".into(), 30));
+    }
+}

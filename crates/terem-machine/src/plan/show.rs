@@ -1,0 +1,91 @@
+//! A plan as people read it.
+
+use std::fmt;
+
+use super::memory::{HIGH_MEMORY, HPET_BASE, IOAPIC_BASE, LAPIC_BASE};
+use super::{MemoryMap, Plan};
+use crate::board::ports;
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reason = self.accelerator.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
+        writeln!(f, "machine      {}", self.name)?;
+        writeln!(f, "board        q35")?;
+        writeln!(f, "accelerator  software CPU{reason}")?;
+        let c = &self.cpus;
+        let flags: String = c.flags.iter().map(|flag| format!(",{flag}")).collect();
+        writeln!(
+            f,
+            "cpus         {} × {}{flags}: {} sockets, {} cores each, {} threads each",
+            c.count, c.model, c.sockets, c.cores, c.threads
+        )?;
+        writeln!(f, "memory       {} MiB, {} address bits", self.memory.size >> 20, self.memory.phys_bits)?;
+        if let Some(boot) = &self.boot {
+            writeln!(f, "kernel       {}", boot.kernel.display())?;
+            if let Some(initrd) = &boot.initrd {
+                writeln!(f, "initrd       {}", initrd.display())?;
+            }
+            writeln!(f, "cmdline      {}", boot.cmdline)?;
+        }
+        writeln!(f, "\naddresses\n{}", self.memory)?;
+        self.devices(f)
+    }
+}
+
+impl Plan {
+    fn devices(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |at: String, what: &str, text: String| writeln!(f, "  {at:<14}{what:<16}{text}");
+        let port = |p: u16| format!("port {p:#x}");
+        line("PCI 00:00.0".into(), "host bridge", "MCH".into())?;
+        let pci = |a: &super::PciAddress| format!("PCI {}", a.to_string().trim_start_matches("0000:"));
+        if let Some(c) = &self.console {
+            line(pci(&c.address), "virtio-console", c.backend.to_string())?;
+        }
+        if let Some(address) = &self.rng {
+            line(pci(address), "virtio-rng", "the host's entropy".into())?;
+        }
+        for n in &self.nets {
+            let kind = match n.backend() {
+                Some(terem_config::NetBackendConfig::Tap { name }) => format!("tap {name}"),
+                Some(terem_config::NetBackendConfig::TapFd { fd }) => format!("tap, descriptor {fd}"),
+                Some(terem_config::NetBackendConfig::User { .. }) => "user".into(),
+                None => "none".into(),
+            };
+            line(pci(&n.address), "virtio-net", format!("{} {kind}", n.mac))?;
+        }
+        for d in &self.disks {
+            let mode = if d.config.readonly { ", read-only" } else { "" };
+            let text = format!("{} {} ({} queues{mode})", d.guest_name, d.config.path.display(), d.queues);
+            line(pci(&d.address), "virtio-blk", text)?;
+        }
+        line("PCI 00:1f.0".into(), "ISA bridge", "ICH9 LPC".into())?;
+        line(port(ports::COM1), "serial", format!("COM1, IRQ {}: {}", ports::COM1_IRQ, self.serial))?;
+        line(port(ports::PM_BASE), "power", format!("ACPI PM, IRQ {}", ports::SCI_IRQ))?;
+        line(port(ports::FW_CFG), "fw_cfg", String::new())?;
+        line(port(ports::PVPANIC), "pvpanic", String::new())
+    }
+}
+
+impl fmt::Display for MemoryMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rows: Vec<(u64, u64, String)> = self.ram().iter().map(|r| (r.base, r.size, "RAM".into())).collect();
+        rows.push((self.ecam.base, self.ecam.size, "PCI configuration space".into()));
+        rows.push((self.pci32.base, self.pci32.size, "PCI, 32-bit BARs".into()));
+        rows.push((IOAPIC_BASE, 0x1000, "I/O APIC".into()));
+        rows.push((HPET_BASE, 0x1000, "HPET".into()));
+        rows.push((LAPIC_BASE, 0x10_0000, "local APICs, messages".into()));
+        rows.push((self.pci64.base, self.pci64.size, "PCI, 64-bit BARs".into()));
+        rows.sort_by_key(|row| row.0);
+        for (base, size, what) in rows {
+            let (size, unit) = match size {
+                s if s >= 1 << 30 && s.is_multiple_of(1 << 30) => (s >> 30, "GiB"),
+                s if s >= 1 << 20 && s.is_multiple_of(1 << 20) => (s >> 20, "MiB"),
+                s => (s >> 10, "KiB"),
+            };
+            let last = base + match unit { "GiB" => size << 30, "MiB" => size << 20, _ => size << 10 } - 1;
+            writeln!(f, "  {base:#014x}–{last:#014x} {size:>6} {unit}  {what}")?;
+        }
+        debug_assert!(self.high_end >= HIGH_MEMORY);
+        Ok(())
+    }
+}

@@ -1,0 +1,239 @@
+//! The accelerator as the machine sees it.
+
+use std::sync::Arc;
+
+use terem_bus::{ApicBus, Bus, MsiSink};
+use terem_cpu::{Accelerator, CpuError, CpuModel, Cpuid, MpState, Stop, Topology, Vcpu, VcpuState};
+use terem_memory::GuestMemory;
+
+use crate::apic::ApicSystem;
+use crate::block::BlockCache;
+use crate::cpu::{Cpu, Stats, Xmm};
+use crate::decode::InstructionSet;
+use crate::mmu::Tlb;
+use crate::x87::Fpu;
+
+/// The TSC's frequency: virtual nanoseconds.
+pub const TSC_KHZ: u32 = 1_000_000;
+
+/// What a software machine's processors are.
+#[derive(Debug, Clone)]
+pub struct SoftConfig {
+    /// The model that guests see.
+    pub model: CpuModel,
+    /// How many, and how grouped.
+    pub topology: Topology,
+    /// Width of guest-physical addresses in bits.
+    pub phys_bits: u8,
+}
+
+/// Runs vCPUs in software.
+pub struct SoftAccelerator {
+    config: SoftConfig,
+    bus: Arc<Bus>,
+    memory: GuestMemory,
+    apics: Arc<ApicSystem>,
+    instruction_set: Arc<InstructionSet>,
+}
+
+impl SoftAccelerator {
+    /// An accelerator for one machine.
+    ///
+    /// # Errors
+    /// [`CpuError::Unsupported`] lists the model's features that this host's CPU lacks and the interpreter
+    /// takes from it.
+    pub fn new(bus: Arc<Bus>, memory: GuestMemory, config: SoftConfig) -> Result<Self, CpuError> {
+        let missing: Vec<&str> = crate::sse::host_lacks()
+            .into_iter()
+            .filter(|name| config.model.features.has(name))
+            .collect();
+        if !missing.is_empty() {
+            let reason = format!(
+                "this host's processor lacks {}; switch {} off, as in --cpu {},-{}",
+                missing.join(", "),
+                if missing.len() == 1 { "it" } else { "them" },
+                config.model.name,
+                missing.join(",-"),
+            );
+            return Err(CpuError::Unsupported { accelerator: "the software CPU", reason });
+        }
+        let t = config.topology;
+        let ids: Vec<u32> = (0..t.sockets * t.cores * t.threads).map(|i| t.apic_id(i)).collect();
+        let apics = ApicSystem::new(&ids, Arc::clone(&bus));
+        let instruction_set = Arc::new(InstructionSet::new(&config.model.features));
+        Ok(Self { config, bus, memory, apics, instruction_set })
+    }
+
+    pub(crate) fn make(&self, id: u32) -> Result<Box<Cpu>, CpuError> {
+        let apic = self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
+        let c = &self.config;
+        let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
+        let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
+        let mut cpu = Box::new(Cpu {
+            gpr: [0; 18],
+            rip: 0,
+            ah: 0,
+            of: 0,
+            system_flags: 0,
+            segment_base: [0; 8],
+            segments: fresh.segments,
+            cpl: 0,
+            xmm: [Xmm::default(); 16],
+            mxcsr: 0x1f80,
+            fpu: Fpu::default(),
+            op_end: std::ptr::null(),
+            window: self.memory.window_base() as u64,
+            marks: self.memory.marks().as_ptr(),
+            tlb: Tlb::new(),
+            mode: crate::decode::Mode::REAL,
+            context_key: 0,
+            instruction_set: Arc::clone(&self.instruction_set),
+            cr0: fresh.cr0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            xcr0: 1,
+            debug: fresh.debug,
+            ldtr: fresh.ldtr,
+            tr: fresh.tr,
+            gdtr: fresh.gdtr,
+            idtr: fresh.idtr,
+            msrs: fresh.msrs.clone(),
+            tsc_offset: 0,
+            interrupt_shadow: false,
+            nmi_masked: false,
+            halted: false,
+            waiting_for_start_up: false,
+            shut_down: false,
+            id,
+            cpuid,
+            bus: Arc::clone(&self.bus),
+            memory: self.memory.clone(),
+            apic,
+            blocks: BlockCache::new(),
+            stats: Stats::default(),
+        });
+        cpu.power_on()?;
+        Ok(cpu)
+    }
+}
+
+impl Accelerator for SoftAccelerator {
+    fn name(&self) -> &'static str {
+        "software CPU"
+    }
+
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CpuError> {
+        Ok(self.make(id)?)
+    }
+
+    fn apic_bus(&self) -> Arc<dyn ApicBus> {
+        Arc::clone(&self.apics) as _
+    }
+
+    fn msi_sink(&self) -> Arc<dyn MsiSink> {
+        Arc::clone(&self.apics) as _
+    }
+
+    fn kick(&self, id: u32) {
+        if let Some(apic) = self.apics.apic(id as usize) {
+            apic.kick();
+        }
+    }
+}
+
+impl Cpu {
+    fn power_on(&mut self) -> Result<(), CpuError> {
+        let mut state = VcpuState::power_on(self.cpuid.apic_id(), self.id == 0);
+        // EDX holds the signature after reset (Intel SDM vol. 3, 10.1.2).
+        state.gpr[2] = u64::from(self.cpuid.query(1, 0).registers[0]);
+        state.tsc = self.bus.clock.now();
+        self.load_state(&state)
+    }
+
+    fn load_state(&mut self, s: &VcpuState) -> Result<(), CpuError> {
+        let bad = |what: &str| Err(CpuError::State(what.into()));
+        let protected = s.cr0 & crate::cpu::cr0::PE != 0;
+        if s.cr0 & crate::cpu::cr0::PG != 0 && !protected {
+            return bad("paging without protection (CR0.PG without PE)");
+        }
+        if s.rflags >> 22 != 0 || s.rip as i64 as u64 != s.rip {
+            return bad("RFLAGS has bits that do not exist");
+        }
+        self.load_xsave(&s.xsave).map_err(|e| CpuError::State(e.to_string()))?;
+        self.gpr[..16].copy_from_slice(&s.gpr);
+        self.rip = s.rip;
+        self.segments = s.segments;
+        (self.ldtr, self.tr, self.gdtr, self.idtr) = (s.ldtr, s.tr, s.gdtr, s.idtr);
+        (self.cr0, self.cr2, self.cr3, self.cr4, self.xcr0) = (s.cr0, s.cr2, s.cr3, s.cr4, s.xcr0);
+        self.debug = s.debug;
+        self.msrs = s.msrs.clone();
+        self.tsc_offset = s.tsc.wrapping_sub(self.bus.clock.now());
+        self.halted = s.mp_state == MpState::Halted;
+        self.waiting_for_start_up = s.mp_state == MpState::WaitForStartUp;
+        self.interrupt_shadow = s.interrupt_shadow;
+        self.nmi_masked = s.nmi_masked;
+        self.shut_down = false;
+        self.cpl = if !protected {
+            0
+        } else if s.rflags & terem_cpu::rflags::VM != 0 {
+            3
+        } else {
+            (s.segments[VcpuState::SS].access >> 5 & 3) as u8
+        };
+        self.set_rflags(s.rflags);
+        self.apic
+            .restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset)
+            .map_err(CpuError::State)?;
+        self.blocks.clear();
+        self.flush_tlb();
+        self.refresh_mode();
+        Ok(())
+    }
+}
+
+impl Vcpu for Cpu {
+    fn run(&mut self) -> Stop {
+        Cpu::run(self)
+    }
+
+    fn reset(&mut self) {
+        if let Err(e) = self.power_on() {
+            // The power-on state is a constant of ours.
+            tracing::error!("vCPU {}: {e}", self.id);
+        }
+    }
+
+    fn save(&self) -> VcpuState {
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.gpr[..16]);
+        VcpuState {
+            gpr,
+            rip: self.rip,
+            rflags: self.rflags(),
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            xcr0: self.xcr0,
+            debug: self.debug,
+            msrs: self.msrs.clone(),
+            tsc: self.tsc(),
+            xsave: self.save_xsave(),
+            apic: self.apic.save(),
+            mp_state: self.mp_state(),
+            interrupt_shadow: self.interrupt_shadow,
+            nmi_masked: self.nmi_masked,
+            nmi_pending: self.apic.nmi_pending(),
+        }
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), CpuError> {
+        self.load_state(state)
+    }
+}

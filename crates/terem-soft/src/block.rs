@@ -1,0 +1,275 @@
+//! Blocks: decoded instructions up to the next jump, kept by where they lie in physical memory.
+//!
+//! A block is found in two steps: by linear address in a small direct-mapped table that is valid for one
+//! translation context, or else by physical address in a map. It is valid while the marks of its pages
+//! are what they were when it was decoded ([`terem_memory::PageMarks`]).
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::cpu::Cpu;
+use crate::decode::decode;
+use crate::fault::{Exec, Fault};
+use crate::mmu::{Access, PAGE_MASK};
+use crate::op::Op;
+
+/// Instructions in a block, at most.
+const BLOCK_OPS: usize = 48;
+/// Bytes looked at for a block.
+const BLOCK_BYTES: usize = 256;
+/// The longest instruction.
+const MAX_LEN: usize = 15;
+/// Decoded instructions kept by one vCPU (about 17 MiB); more, and all are dropped.
+const MAX_OPS: usize = 400_000;
+/// Entries of the table by linear address.
+const LINEAR_ENTRIES: usize = 8192;
+
+/// A run of decoded instructions.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) ops: Box<[Op]>,
+    /// Bytes.
+    pub(crate) len: u16,
+    /// The page(s) that it was decoded from, and their marks then.
+    pages: [(u64, u32); 2],
+}
+
+#[derive(Clone, Copy)]
+struct ByLinear {
+    linear: u64,
+    context: u64,
+    block: *const Block,
+}
+
+const NO_BLOCK: ByLinear = ByLinear { linear: u64::MAX, context: u64::MAX, block: std::ptr::null() };
+
+/// Hashes a physical address and a mode by multiplication.
+#[derive(Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 29
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        self.0 = (self.0.rotate_left(5) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(u64::from(n));
+    }
+}
+
+/// The blocks of one vCPU.
+pub(crate) struct BlockCache {
+    by_linear: Box<[ByLinear]>,
+    /// Boxed, since `by_linear` points to them.
+    #[allow(clippy::vec_box, reason = "the addresses must stay")]
+    by_physical: HashMap<(u64, u32), Box<Block>, BuildHasherDefault<KeyHasher>>,
+    ops: usize,
+    /// Goes on when linear addresses may mean something else.
+    salt: u64,
+    /// A block of code outside RAM, which is not kept.
+    passing: Option<Box<Block>>,
+}
+
+impl BlockCache {
+    pub(crate) fn new() -> Self {
+        Self {
+            by_linear: vec![NO_BLOCK; LINEAR_ENTRIES].into_boxed_slice(),
+            by_physical: HashMap::default(),
+            ops: 0,
+            salt: 0,
+            passing: None,
+        }
+    }
+
+    /// What is known by linear address holds no longer.
+    pub(crate) fn forget_addresses(&mut self) {
+        self.salt += 1;
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.by_linear.fill(NO_BLOCK);
+        self.by_physical.clear();
+        self.ops = 0;
+    }
+}
+
+impl Cpu {
+    /// The block at CS:RIP.
+    ///
+    /// # Errors
+    /// What fetching from there gives.
+    #[inline]
+    pub(crate) fn find_block(&mut self) -> Exec<*const Block> {
+        let linear = self.segment_base[terem_cpu::VcpuState::CS].wrapping_add(self.rip);
+        let context = self.context();
+        let at = (linear ^ linear >> 13) as usize % LINEAR_ENTRIES;
+        // SAFETY: the index is in range.
+        let found = unsafe { self.blocks.by_linear.get_unchecked(at) };
+        if found.linear == linear && found.context == context {
+            // SAFETY: entries point into `by_physical`'s boxes, which are only dropped by `clear`, with the table.
+            let block = unsafe { &*found.block };
+            if self.fresh(block) {
+                return Ok(found.block);
+            }
+        }
+        self.find_block_slow(linear, at)
+    }
+
+    /// Which translation context the present linear addresses belong to.
+    #[inline(always)]
+    fn context(&self) -> u64 {
+        self.blocks.salt << 32 | self.tlb.generation() << 20 | u64::from(self.context_key)
+    }
+
+    /// Whether the bytes that the block was decoded from are still there.
+    #[inline(always)]
+    fn fresh(&self, block: &Block) -> bool {
+        block.pages.iter().all(|&(page, word)| {
+            // SAFETY: pages of blocks are pages of RAM, below the number of marks.
+            word == unsafe { (*self.marks.add(page as usize)).load(std::sync::atomic::Ordering::Acquire) }
+        })
+    }
+
+    #[inline(never)]
+    fn find_block_slow(&mut self, linear: u64, at: usize) -> Exec<*const Block> {
+        self.fetch_allowed(linear)?;
+        let linear = self.wrap(linear);
+        let physical = self.translate(linear, Access::Execute)?;
+        let key = (physical, self.mode.key());
+        if let Some(known) = self.blocks.by_physical.get(&key)
+            && self.fresh(known)
+        {
+            // A block that goes on to the next page is only right while that page is where it was.
+            let second = known.pages[1].0;
+            if second == known.pages[0].0
+                || self.translate(self.wrap((linear & PAGE_MASK).wrapping_add(0x1000)), Access::Execute)? >> 12 == second
+            {
+                let block = &raw const **known_ref(&self.blocks, &key);
+                self.remember(linear, at, block, second != physical >> 12);
+                return Ok(block);
+            }
+        }
+        let block = self.decode_block(linear, physical)?;
+        if self.ram(physical).is_none() {
+            return Ok(&raw const **self.blocks.passing.insert(Box::new(block)));
+        }
+        if self.blocks.ops + block.ops.len() > MAX_OPS {
+            self.blocks.clear();
+        }
+        self.blocks.ops += block.ops.len();
+        let crosses = block.pages[0].0 != block.pages[1].0;
+        // A block that is no longer right is replaced in its place: the table by linear address points there.
+        match self.blocks.by_physical.get_mut(&key) {
+            Some(old) => {
+                self.blocks.ops -= old.ops.len();
+                **old = block;
+            }
+            None => {
+                self.blocks.by_physical.insert(key, Box::new(block));
+            }
+        }
+        let block = &raw const **known_ref(&self.blocks, &key);
+        self.remember(linear, at, block, crosses);
+        Ok(block)
+    }
+
+    fn remember(&mut self, linear: u64, at: usize, block: *const Block, crosses: bool) {
+        // The second page's mapping is checked each time, so such blocks are not found by linear address.
+        if !crosses {
+            self.blocks.by_linear[at] = ByLinear { linear, context: self.context(), block };
+        }
+    }
+
+    /// Whether CS lets RIP be there at all.
+    fn fetch_allowed(&self, linear: u64) -> Exec {
+        if self.code64() {
+            let canonical = (linear as i64) << 16 >> 16 == linear as i64;
+            return if canonical { Ok(()) } else { Err(Fault::GP0) };
+        }
+        if self.rip > u64::from(self.segments[terem_cpu::VcpuState::CS].limit) {
+            return Err(Fault::GP0);
+        }
+        Ok(())
+    }
+
+    fn decode_block(&mut self, linear: u64, physical: u64) -> Exec<Block> {
+        self.stats.blocks_decoded += 1;
+        let (mut bytes, mut have) = ([0; BLOCK_BYTES + MAX_LEN], 0);
+        let on_page = (0x1000 - (physical as usize & 0xfff)).min(BLOCK_BYTES);
+        let page = physical >> 12;
+        let mut pages = [(page, 0); 2];
+        let in_ram = self.ram(physical).is_some();
+        if in_ram {
+            pages = [(page, self.mark_code(page)); 2];
+            self.fetch(physical, &mut bytes[..on_page]);
+            have += on_page;
+        } else {
+            self.mmio_read(physical, &mut bytes[..on_page.min(16)]);
+            have += on_page.min(16);
+        }
+        let mut ops: Vec<Op> = Vec::with_capacity(16);
+        let mut offset = 0_usize;
+        while ops.len() < BLOCK_OPS {
+            let decoded = decode(&bytes[offset..have], offset as u16, self.mode, &self.instruction_set);
+            let Some((op, last)) = decoded else {
+                let whole_page = have == 0x1000 - (physical as usize & 0xfff);
+                if !ops.is_empty() || !in_ram || !whole_page || have > on_page {
+                    if ops.is_empty() {
+                        return Err(if in_ram { Fault::GP0 } else { Fault::UD }); // longer than 15 bytes
+                    }
+                    break;
+                }
+                // The first instruction goes on to the next page.
+                let next = self.wrap((linear & PAGE_MASK).wrapping_add(0x1000));
+                let second = self.translate(next, Access::Execute)?;
+                if self.ram(second).is_none() {
+                    return Err(Fault::UD);
+                }
+                pages[1] = (second >> 12, self.mark_code(second >> 12));
+                self.fetch(second, &mut bytes[have..have + MAX_LEN]);
+                have += MAX_LEN;
+                continue;
+            };
+            offset += usize::from(op.len);
+            ops.push(op);
+            if last || self.mode.single || pages[0].0 != pages[1].0 {
+                break;
+            }
+        }
+        Ok(Block { len: offset as u16, ops: ops.into_boxed_slice(), pages })
+    }
+
+    /// Marks a page as holding decoded code, visibly to all vCPUs, before its bytes are read.
+    fn mark_code(&self, page: u64) -> u32 {
+        let marks = self.memory.marks();
+        let before = marks.word(page);
+        let word = marks.mark_code(page);
+        if before & terem_memory::CODE == 0 {
+            crate::membarrier::all_threads();
+        }
+        word
+    }
+
+    fn fetch(&self, physical: u64, to: &mut [u8]) {
+        use terem_memory::vm_memory::{Bytes, GuestAddress};
+        // The range is on a page of RAM, so it can be read.
+        let read = self.memory.read_slice(to, GuestAddress(physical));
+        debug_assert!(read.is_ok());
+    }
+}
+
+/// The block of a key that is known to be there.
+fn known_ref<'a>(blocks: &'a BlockCache, key: &(u64, u32)) -> &'a Box<Block> {
+    &blocks.by_physical[key]
+}

@@ -1,0 +1,531 @@
+//! Paging: the software TLB and the page walk (Intel SDM vol. 3, chapter 4).
+//!
+//! The TLB is tagged: an entry's tag is its linear page with a *generation* in the low 12 bits. Flushing
+//! is taking a new generation; with PCID each context keeps one. There are three sets of entries, for
+//! supervisor accesses under SMAP, supervisor accesses without it, and user accesses, so that changes of
+//! privilege flush nothing.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use terem_cpu::rflags;
+
+use crate::cpu::{Cpu, cr0, cr4, efer};
+use crate::fault::{Exec, Fault, vector};
+
+/// What an access does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Data read.
+    Read,
+    /// Data write.
+    Write,
+    /// Instruction fetch.
+    Execute,
+}
+
+/// The page number's bits of a linear address.
+pub const PAGE_MASK: u64 = !0xfff;
+
+/// Entries of each set.
+const ENTRIES: usize = 1024;
+/// A tag that nothing matches: generation 0xfff is never used.
+const INVALID: u64 = 0xfff;
+/// Generations are 1 … this.
+const LAST_GENERATION: u16 = 0xffe;
+
+/// One page of linear addresses.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// Tag for reads.
+    pub read: u64,
+    /// Tag for writes.
+    pub write: u64,
+    /// Tag for fetches.
+    pub execute: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, execute: INVALID, addend: 0 };
+
+/// Page-fault error code bits (Intel SDM vol. 3, 4.7).
+mod code {
+    pub(super) const PRESENT: u32 = 1;
+    pub(super) const WRITE: u32 = 1 << 1;
+    pub(super) const USER: u32 = 1 << 2;
+    pub(super) const RESERVED: u32 = 1 << 3;
+    pub(super) const FETCH: u32 = 1 << 4;
+}
+
+/// Page-table entry bits.
+mod pte {
+    pub(super) const PRESENT: u64 = 1;
+    pub(super) const WRITE: u64 = 1 << 1;
+    pub(super) const USER: u64 = 1 << 2;
+    pub(super) const ACCESSED: u64 = 1 << 5;
+    pub(super) const DIRTY: u64 = 1 << 6;
+    pub(super) const LARGE: u64 = 1 << 7;
+    pub(super) const NX: u64 = 1 << 63;
+}
+
+/// The software TLB.
+pub struct Tlb {
+    /// The entries of the present mode.
+    current: *mut [Entry; ENTRIES],
+    /// Three, on the heap, where `current` points into.
+    sets: Box<[[Entry; ENTRIES]]>,
+    generation: u64,
+    /// Generation of each process-context identifier that has one.
+    of_pcid: Vec<u16>,
+    next_generation: u16,
+    /// A range of linear addresses that covers every large page put in, for INVLPG.
+    large: Option<(u64, u64)>,
+}
+
+impl Tlb {
+    pub(crate) fn new() -> Self {
+        let mut tlb = Self {
+            current: std::ptr::null_mut(),
+            sets: vec![[EMPTY; ENTRIES]; 3].into_boxed_slice(),
+            generation: 1,
+            of_pcid: vec![0; 4096],
+            next_generation: 2,
+            large: None,
+        };
+        tlb.select(0);
+        tlb
+    }
+
+    fn select(&mut self, set: usize) {
+        self.current = &raw mut self.sets[set];
+    }
+
+    fn set(&self) -> usize {
+        (self.current.addr() - self.sets.as_ptr().addr()) / size_of::<[Entry; ENTRIES]>()
+    }
+
+    /// The place of `linear` in the present set.
+    #[inline(always)]
+    pub(crate) fn entry(&self, linear: u64) -> Entry {
+        // SAFETY: `current` points to one of the sets, which live as long as self; the index is masked.
+        unsafe { (*self.current)[(linear >> 12) as usize % ENTRIES] }
+    }
+
+    /// The tag that an entry has if it is valid for the page of `linear`.
+    #[inline(always)]
+    pub(crate) fn tag(&self, linear: u64) -> u64 {
+        linear & PAGE_MASK | self.generation
+    }
+
+    /// The present generation: changes with each flush.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// A generation that no entry has; true: the numbers began anew.
+    fn take_generation(&mut self) -> (u16, bool) {
+        let wrapped = self.next_generation > LAST_GENERATION;
+        if wrapped {
+            self.sets.iter_mut().flatten().for_each(|e| *e = EMPTY);
+            self.of_pcid.fill(0);
+            self.next_generation = 1;
+        }
+        self.next_generation += 1;
+        (self.next_generation - 1, wrapped)
+    }
+
+    /// Forgets everything of all contexts.
+    #[must_use]
+    fn flush_all(&mut self, pcid: u16) -> bool {
+        self.of_pcid.fill(0);
+        self.large = None;
+        self.switch(pcid, false)
+    }
+
+    /// Goes to a context; `keep` says that what is remembered of it may stay. True: generations began
+    /// anew, so whatever else was tagged with them is void.
+    #[must_use]
+    fn switch(&mut self, pcid: u16, keep: bool) -> bool {
+        let known = self.of_pcid[usize::from(pcid)];
+        let (generation, wrapped) = if keep && known != 0 { (known, false) } else { self.take_generation() };
+        self.of_pcid[usize::from(pcid)] = generation;
+        self.generation = u64::from(generation);
+        wrapped
+    }
+
+    /// Forgets what is remembered of a context that is not the present one.
+    pub(crate) fn forget(&mut self, pcid: u16) {
+        self.of_pcid[usize::from(pcid)] = 0;
+    }
+
+    /// Forgets the page of `linear` in all contexts. Returns false if it may be part of a large page, so
+    /// that everything must be flushed.
+    #[must_use]
+    pub(crate) fn invalidate(&mut self, linear: u64) -> bool {
+        if self.large.is_some_and(|(from, to)| (from..to).contains(&linear)) {
+            return false;
+        }
+        for set in self.sets.iter_mut() {
+            let entry = &mut set[(linear >> 12) as usize % ENTRIES];
+            let page = linear & PAGE_MASK;
+            if [entry.read, entry.write, entry.execute].iter().any(|t| t & PAGE_MASK == page) {
+                *entry = EMPTY;
+            }
+        }
+        true
+    }
+}
+
+/// Instead of an error code: an entry changed under the walk.
+const CHANGED: u32 = u32::MAX;
+
+/// What a page walk found.
+#[derive(Debug, Clone, Copy)]
+struct Mapping {
+    /// Physical address of the byte.
+    physical: u64,
+    /// log2 of the page size.
+    bits: u32,
+    user: bool,
+    writable: bool,
+    executable: bool,
+    /// The dirty bit is set (or there is none): writes need no further walk.
+    dirty: bool,
+}
+
+impl Cpu {
+    /// The host address of a physical address of RAM.
+    #[inline]
+    pub(crate) fn ram(&self, physical: u64) -> Option<*mut u8> {
+        self.memory.is_ram(physical, 1).then(|| (self.window + physical) as *mut u8)
+    }
+
+    /// The TLB set for the present privilege, to be called when CPL, CR0, CR4, EFER or AC changed.
+    pub(crate) fn mode_changed(&mut self) {
+        let set = if self.cpl == 3 {
+            2
+        } else if self.cr4 & cr4::SMAP != 0 && self.system_flags & rflags::AC == 0 {
+            0
+        } else {
+            1
+        };
+        self.tlb.select(set);
+        self.context_key = self.mode.key() | (set as u32) << 12;
+    }
+
+    /// Goes to the translations of a process context.
+    pub(crate) fn switch_context(&mut self, pcid: u16, keep: bool) {
+        if self.tlb.switch(pcid, keep) {
+            self.blocks.forget_addresses();
+        }
+    }
+
+    /// The present process-context identifier.
+    pub(crate) fn pcid(&self) -> u16 {
+        if self.cr4 & cr4::PCIDE != 0 { (self.cr3 & 0xfff) as u16 } else { 0 }
+    }
+
+    /// Translates for the present privilege, filling the TLB.
+    pub(crate) fn translate(&mut self, linear: u64, access: Access) -> Exec<u64> {
+        let entry = self.tlb.entry(linear);
+        let tag = self.tlb.tag(linear);
+        let hit = match access {
+            Access::Read => entry.read == tag,
+            Access::Write => entry.write == tag,
+            Access::Execute => entry.execute == tag,
+        };
+        if hit {
+            return Ok(linear.wrapping_add(entry.addend) - self.window);
+        }
+        let user = self.cpl == 3;
+        let set = self.tlb.set();
+        let m = self.walk(linear, access, user, set == 0)?;
+        self.fill(linear, set, &m);
+        Ok(m.physical)
+    }
+
+    /// Translates as the supervisor whatever the privilege is: for descriptor tables, TSS and the like.
+    pub(crate) fn translate_system(&mut self, linear: u64, access: Access) -> Exec<u64> {
+        Ok(self.walk(linear, access, false, false)?.physical)
+    }
+
+    fn fill(&mut self, linear: u64, set: usize, m: &Mapping) {
+        let Some(host) = self.ram(m.physical) else { return };
+        let tag = self.tlb.tag(linear);
+        let supervisor = set != 2;
+        // Supervisor data accesses to user pages are not for the set under SMAP, and fetches from them not
+        // for either under SMEP.
+        let data = if supervisor { !(set == 0 && m.user) } else { m.user };
+        let write = data && m.dirty && (m.writable || (supervisor && self.cr0 & cr0::WP == 0));
+        let fetch = if supervisor { !(m.user && self.cr4 & cr4::SMEP != 0) } else { m.user } && m.executable;
+        let pick = |on: bool| if on { tag } else { INVALID };
+        let entry = Entry {
+            read: pick(data),
+            write: pick(write),
+            execute: pick(fetch),
+            addend: (host as u64).wrapping_sub(linear),
+        };
+        self.tlb.sets[set][(linear >> 12) as usize % ENTRIES] = entry;
+        if m.bits > 12 {
+            let from = linear & !((1 << m.bits) - 1);
+            let to = from.saturating_add(1 << m.bits);
+            self.tlb.large = Some(self.tlb.large.map_or((from, to), |(a, b)| (a.min(from), b.max(to))));
+        }
+    }
+
+    /// Walks the page tables; sets accessed and dirty bits as the access needs them.
+    fn walk(&mut self, linear: u64, access: Access, user: bool, smap: bool) -> Exec<Mapping> {
+        self.stats.page_walks += 1;
+        if self.cr0 & cr0::PG == 0 {
+            let physical = linear & 0xffff_ffff;
+            return Ok(Mapping { physical, bits: 12, user: true, writable: true, executable: true, dirty: true });
+        }
+        let found = loop {
+            let found = if self.cr4 & cr4::PAE == 0 {
+                self.walk_32(linear, access, user, smap)
+            } else {
+                self.walk_pae(linear, access, user, smap)
+            };
+            if !matches!(found, Err(CHANGED)) {
+                break found;
+            }
+        };
+        found.map_err(|mut code| {
+            if access == Access::Write {
+                code |= code::WRITE;
+            }
+            if user {
+                code |= code::USER;
+            }
+            let nx = self.msrs.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0;
+            if access == Access::Execute && (nx || self.cr4 & cr4::SMEP != 0) {
+                code |= code::FETCH;
+            }
+            self.cr2 = linear;
+            Fault::with_code(vector::PF, code)
+        })
+    }
+
+    /// PAE, 4-level: entries of 8 bytes.
+    fn walk_pae(&mut self, linear: u64, access: Access, user: bool, smap: bool) -> Result<Mapping, u32> {
+        let long = self.long_mode();
+        let width = (1_u64 << self.cpuid.phys_bits()) - 1;
+        let no_nx = self.msrs.efer & efer::NXE == 0;
+        let (mut table, mut level) =
+            if long { (self.cr3 & 0x000f_ffff_ffff_f000, 4) } else { (self.cr3 & 0xffff_ffe0, 3) };
+        let (mut writable, mut to_user, mut executable) = (true, true, true);
+        loop {
+            let shift = 12 + 9 * (level - 1);
+            let index = if level == 3 && !long { linear >> 30 & 3 } else { linear >> shift & 0x1ff };
+            let at = table + index * 8;
+            let entry = self.table_entry(at).ok_or(0_u32)?;
+            if entry & pte::PRESENT == 0 {
+                return Err(0);
+            }
+            let pdpte = level == 3 && !long;
+            let large = entry & pte::LARGE != 0 && (level == 2 || (level == 3 && long && self.has_1g()));
+            let mut reserved = 0x000f_ffff_ffff_f000 & !width;
+            if no_nx || pdpte {
+                reserved |= pte::NX;
+            }
+            if pdpte {
+                reserved |= 0x1e6;
+            } else if entry & pte::LARGE != 0 && (level == 4 || (level == 3 && !large)) {
+                reserved |= pte::LARGE;
+            }
+            if large {
+                reserved |= ((1 << shift) - 1) & !0x1fff;
+            }
+            if entry & reserved != 0 {
+                return Err(code::PRESENT | code::RESERVED);
+            }
+            if !pdpte {
+                writable &= entry & pte::WRITE != 0;
+                to_user &= entry & pte::USER != 0;
+                executable &= entry & pte::NX == 0;
+            }
+            if level > 1 && !large {
+                if !pdpte {
+                    self.mark(at, entry, pte::ACCESSED)?;
+                }
+                table = entry & width & PAGE_MASK;
+                level -= 1;
+                continue;
+            }
+            self.permitted(access, user, smap, writable, to_user, executable)?;
+            let set = pte::ACCESSED | if access == Access::Write { pte::DIRTY } else { 0 };
+            self.mark(at, entry, set)?;
+            let offset = (1_u64 << shift) - 1;
+            return Ok(Mapping {
+                physical: entry & width & PAGE_MASK & !offset | linear & offset,
+                bits: shift,
+                user: to_user,
+                writable,
+                executable,
+                dirty: (entry | set) & pte::DIRTY != 0,
+            });
+        }
+    }
+
+    /// 32-bit paging: entries of 4 bytes, pages of 4 KiB and 4 MiB (with PSE-36).
+    fn walk_32(&mut self, linear: u64, access: Access, user: bool, smap: bool) -> Result<Mapping, u32> {
+        let at = (self.cr3 & 0xffff_f000) + (linear >> 22 & 0x3ff) * 4;
+        let directory = u64::from(self.table_entry_32(at).ok_or(0_u32)?);
+        if directory & pte::PRESENT == 0 {
+            return Err(0);
+        }
+        let (mut writable, mut to_user) = (directory & pte::WRITE != 0, directory & pte::USER != 0);
+        let set = pte::ACCESSED | if access == Access::Write { pte::DIRTY } else { 0 };
+        if directory & pte::LARGE != 0 && self.cr4 & cr4::PSE != 0 {
+            if directory & 1 << 21 != 0 {
+                return Err(code::PRESENT | code::RESERVED);
+            }
+            self.permitted(access, user, smap, writable, to_user, true)?;
+            self.mark_32(at, directory as u32, set as u32)?;
+            let high = directory >> 13 & 0xff;
+            let physical = directory & 0xffc0_0000 | high << 32 | linear & 0x3f_ffff;
+            let dirty = (directory | set) & pte::DIRTY != 0;
+            return Ok(Mapping { physical, bits: 22, user: to_user, writable, executable: true, dirty });
+        }
+        self.mark_32(at, directory as u32, pte::ACCESSED as u32)?;
+        let at = (directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
+        let entry = u64::from(self.table_entry_32(at).ok_or(0_u32)?);
+        if entry & pte::PRESENT == 0 {
+            return Err(0);
+        }
+        writable &= entry & pte::WRITE != 0;
+        to_user &= entry & pte::USER != 0;
+        self.permitted(access, user, smap, writable, to_user, true)?;
+        self.mark_32(at, entry as u32, set as u32)?;
+        let physical = entry & 0xffff_f000 | linear & 0xfff;
+        let dirty = (entry | set) & pte::DIRTY != 0;
+        Ok(Mapping { physical, bits: 12, user: to_user, writable, executable: true, dirty })
+    }
+
+    /// Access rights (Intel SDM vol. 3, 4.6.1).
+    fn permitted(
+        &self,
+        access: Access,
+        user: bool,
+        smap: bool,
+        writable: bool,
+        to_user: bool,
+        executable: bool,
+    ) -> Result<(), u32> {
+        let ok = match access {
+            Access::Read => to_user || !user,
+            Access::Write => (to_user || !user) && (writable || (!user && self.cr0 & cr0::WP == 0)),
+            Access::Execute => executable && if user { to_user } else { !to_user || self.cr4 & cr4::SMEP == 0 },
+        };
+        let kept_out = smap && to_user && access != Access::Execute;
+        if ok && !kept_out { Ok(()) } else { Err(code::PRESENT) }
+    }
+
+    fn has_1g(&self) -> bool {
+        self.cpuid.model().features.has("pdpe1gb")
+    }
+
+    /// The paging-structure entry at a physical address; tables outside RAM read as not present.
+    fn table_entry(&self, at: u64) -> Option<u64> {
+        // SAFETY: RAM in the window, aligned to 8; page tables are shared with other vCPUs, so atomic.
+        self.ram(at).map(|p| unsafe { (*p.cast::<AtomicU64>()).load(Ordering::Relaxed) })
+    }
+
+    fn table_entry_32(&self, at: u64) -> Option<u32> {
+        // SAFETY: as above, aligned to 4.
+        self.ram(at).map(|p| unsafe { (*p.cast::<AtomicU32>()).load(Ordering::Relaxed) })
+    }
+
+    /// Sets bits of a paging-structure entry, if it still is what was read: else the walk starts anew, so
+    /// that no dirty bit is lost on an entry that another processor took away.
+    fn mark(&mut self, at: u64, entry: u64, bits: u64) -> Result<(), u32> {
+        if entry & bits != bits
+            && let Some(p) = self.ram(at)
+        {
+            // SAFETY: as in `table_entry`.
+            let word = unsafe { &*p.cast::<AtomicU64>() };
+            let done = word.compare_exchange(entry, entry | bits, Ordering::SeqCst, Ordering::Relaxed);
+            self.stored(p as u64);
+            done.map_err(|_| CHANGED)?;
+        }
+        Ok(())
+    }
+
+    fn mark_32(&mut self, at: u64, entry: u32, bits: u32) -> Result<(), u32> {
+        if entry & bits != bits
+            && let Some(p) = self.ram(at)
+        {
+            // SAFETY: as in `table_entry_32`.
+            let word = unsafe { &*p.cast::<AtomicU32>() };
+            let done = word.compare_exchange(entry, entry | bits, Ordering::SeqCst, Ordering::Relaxed);
+            self.stored(p as u64);
+            done.map_err(|_| CHANGED)?;
+        }
+        Ok(())
+    }
+
+    /// INVLPG, or INVPCID of one address: the page of `linear` in all contexts.
+    pub(crate) fn invalidate_page(&mut self, linear: u64) {
+        if !self.tlb.invalidate(linear) {
+            self.flush_tlb();
+        }
+        self.blocks.forget_addresses();
+    }
+
+    /// Forgets all translations of all contexts.
+    pub(crate) fn flush_tlb(&mut self) {
+        let pcid = self.pcid();
+        if self.tlb.flush_all(pcid) {
+            self.blocks.forget_addresses();
+        }
+    }
+
+    /// Reads MMIO in units of up to 8 bytes.
+    pub(crate) fn mmio_read(&mut self, physical: u64, to: &mut [u8]) {
+        let mut at = physical;
+        for piece in to.chunks_mut(8) {
+            let size = piece.len() as u8;
+            if size.is_power_of_two() {
+                let value = self.mmio_load(at, size);
+                piece.copy_from_slice(&value.to_le_bytes()[..usize::from(size)]);
+            } else {
+                for (i, b) in piece.iter_mut().enumerate() {
+                    *b = self.mmio_load(at + i as u64, 1) as u8;
+                }
+            }
+            at += u64::from(size);
+        }
+    }
+
+    /// Writes MMIO in units of up to 8 bytes.
+    pub(crate) fn mmio_write(&mut self, physical: u64, from: &[u8]) {
+        let mut at = physical;
+        for piece in from.chunks(8) {
+            let size = piece.len() as u8;
+            if size.is_power_of_two() {
+                let mut value = [0; 8];
+                value[..piece.len()].copy_from_slice(piece);
+                self.mmio_store(at, size, u64::from_le_bytes(value));
+            } else {
+                for (i, b) in piece.iter().enumerate() {
+                    self.mmio_store(at + i as u64, 1, u64::from(*b));
+                }
+            }
+            at += u64::from(size);
+        }
+    }
+
+    fn mmio_load(&mut self, at: u64, size: u8) -> u64 {
+        match self.apic.mmio_offset(at) {
+            Some(offset) => u64::from(self.apic.read(&self.bus, offset)),
+            None => self.bus.mmio.read(at, size),
+        }
+    }
+
+    fn mmio_store(&mut self, at: u64, size: u8, value: u64) {
+        match self.apic.mmio_offset(at) {
+            Some(offset) => self.apic.write(&self.bus, offset, value as u32),
+            None => self.bus.mmio.write(at, size, value),
+        }
+    }
+}

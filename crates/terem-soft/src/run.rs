@@ -1,0 +1,202 @@
+//! The loop: look for what is pending, find a block, execute it.
+
+use terem_cpu::{MpState, Segment, Stop, VcpuState, rflags};
+
+use crate::apic::{Accepts, Next};
+use crate::block::Block;
+use crate::cpu::{Cpu, cr0};
+use crate::event::Shutdown;
+use crate::fault::{Fault, Kind, vector};
+use crate::op::{IP_REG, Op};
+
+impl Cpu {
+    /// Runs until somebody must decide.
+    pub(crate) fn run(&mut self) -> Stop {
+        loop {
+            if self.shut_down {
+                return self.shutdown();
+            }
+            if self.apic.wants_attention()
+                && let Some(stop) = self.attend()
+            {
+                return stop;
+            }
+            let result = match self.find_block() {
+                Ok(block) => self.execute(block),
+                Err(fault) => {
+                    let rip = self.rip;
+                    self.raise(fault, rip, rip)
+                }
+            };
+            if let Err(Shutdown) = result {
+                self.shut_down = true;
+                return self.shutdown();
+            }
+        }
+    }
+
+    fn shutdown(&self) -> Stop {
+        Stop::Shutdown
+    }
+
+    /// Executes a block to its end or to its first fault.
+    #[inline]
+    fn execute(&mut self, block: *const Block) -> Result<(), Shutdown> {
+        // SAFETY: blocks are dropped only by `find_block`, not while one runs.
+        let block = unsafe { &*block };
+        let ops: &[Op] = &block.ops;
+        let start = self.rip;
+        self.gpr[usize::from(IP_REG)] = start;
+        self.rip = self.wrap_rip(start.wrapping_add(u64::from(block.len)));
+        let mut at = ops.as_ptr();
+        // SAFETY: one past the slice's last element.
+        let end = unsafe { at.add(ops.len()) };
+        self.op_end = end;
+        let shadow = std::mem::take(&mut self.interrupt_shadow);
+        while at < self.op_end {
+            // SAFETY: between the slice's first and last element.
+            let op = unsafe { &*at };
+            if let Err(fault) = (op.run)(self, op) {
+                return self.faulted(fault, op);
+            }
+            // SAFETY: at most one past the last element.
+            at = unsafe { at.add(1) };
+        }
+        // SAFETY: as above; both pointers are into the slice or one past it.
+        let done = unsafe { at.offset_from(ops.as_ptr()) } as usize;
+        self.stats.instructions += done as u64;
+        if at != end {
+            // The block was cut: go on after the last instruction executed.
+            self.rip = self.wrap_rip(self.next_rip(&ops[done - 1]));
+        }
+        if shadow && self.system_flags & rflags::IF != 0 {
+            self.apic.look_again();
+        }
+        if self.mode.single {
+            self.single_stepped(&ops[done - 1])?;
+        }
+        Ok(())
+    }
+
+    /// `#DB` after an instruction that began with TF set.
+    #[cold]
+    fn single_stepped(&mut self, op: &Op) -> Result<(), Shutdown> {
+        // A repeated string instruction that is not through traps after each of its rounds, as it should.
+        let own = self.op_rip(op);
+        self.debug[4] |= 1 << 14;
+        let trap = Fault { kind: Kind::Trap, vector: vector::DB, has_code: false, code: 0 };
+        let next = self.rip;
+        self.raise(trap, own, next)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn faulted(&mut self, fault: Fault, op: &Op) -> Result<(), Shutdown> {
+        let (own, next) = (self.wrap_rip(self.op_rip(op)), self.wrap_rip(self.next_rip(op)));
+        self.rip = own;
+        self.raise(fault, own, next)
+    }
+
+    /// RIP cut to what the code segment's size and mode have.
+    #[inline(always)]
+    pub(crate) fn wrap_rip(&self, rip: u64) -> u64 {
+        match self.mode.code {
+            crate::decode::CodeSize::Code64 => rip,
+            crate::decode::CodeSize::Code32 => rip & 0xffff_ffff,
+            crate::decode::CodeSize::Code16 => rip & 0xffff,
+        }
+    }
+
+    /// Takes what is pending; sleeps while there is nothing to execute.
+    #[cold]
+    #[inline(never)]
+    fn attend(&mut self) -> Option<Stop> {
+        loop {
+            let accepts = Accepts {
+                interrupts: self.system_flags & rflags::IF != 0 && !self.interrupt_shadow,
+                nmi: !self.nmi_masked && !self.interrupt_shadow,
+                waiting_for_start_up: self.waiting_for_start_up,
+            };
+            let taken = match self.apic.next(accepts) {
+                Next::Kick => return Some(Stop::Kicked),
+                Next::Init => {
+                    self.init();
+                    continue;
+                }
+                Next::StartUp(page) => {
+                    self.start_up(page);
+                    continue;
+                }
+                Next::Nmi => {
+                    self.nmi_masked = true;
+                    self.interrupt(vector::NMI)
+                }
+                Next::Vector(v) => self.interrupt(v),
+                Next::External => {
+                    let v = self.bus.acknowledge_interrupt();
+                    self.interrupt(v)
+                }
+                Next::Nothing if self.waiting_for_start_up || (self.halted && !self.interrupt_shadow) => {
+                    self.apic.sleep();
+                    continue;
+                }
+                Next::Nothing if self.halted => {
+                    // `sti; hlt`: the shadow ends with the `hlt`.
+                    self.interrupt_shadow = false;
+                    continue;
+                }
+                Next::Nothing => return None,
+            };
+            self.halted = false;
+            if taken.is_err() {
+                self.shut_down = true;
+                return Some(self.shutdown());
+            }
+        }
+    }
+
+    /// INIT (Intel SDM vol. 3, table 10-1): like a reset, but FPU, caches, MTRRs and most MSRs stay.
+    fn init(&mut self) {
+        let boot = self.id == 0;
+        let fresh = VcpuState::power_on(self.cpuid.apic_id(), boot);
+        self.gpr[..16].copy_from_slice(&fresh.gpr);
+        self.gpr[2] = u64::from(self.cpuid.query(1, 0).registers[0]);
+        self.segments = fresh.segments;
+        (self.ldtr, self.tr, self.gdtr, self.idtr) = (fresh.ldtr, fresh.tr, fresh.gdtr, fresh.idtr);
+        self.cr0 = fresh.cr0 & !(cr0::CD | cr0::NW) | self.cr0 & (cr0::CD | cr0::NW);
+        (self.cr2, self.cr3, self.cr4) = (0, 0, 0);
+        self.msrs.efer = 0;
+        self.debug = fresh.debug;
+        self.rip = fresh.rip;
+        self.cpl = 0;
+        self.system_flags = 0;
+        self.set_rflags(fresh.rflags);
+        self.interrupt_shadow = false;
+        self.nmi_masked = false;
+        self.halted = false;
+        self.waiting_for_start_up = !boot;
+        self.apic.init();
+        self.flush_tlb();
+        self.refresh_mode();
+    }
+
+    /// A start-up IPI: real mode at `page << 12`.
+    fn start_up(&mut self, page: u8) {
+        let selector = u16::from(page) << 8;
+        self.segments[VcpuState::CS] = Segment::real_mode(selector, true);
+        self.rip = 0;
+        self.waiting_for_start_up = false;
+        self.refresh_mode();
+    }
+
+    /// What this vCPU is doing.
+    pub(crate) fn mp_state(&self) -> MpState {
+        if self.waiting_for_start_up {
+            MpState::WaitForStartUp
+        } else if self.halted {
+            MpState::Halted
+        } else {
+            MpState::Running
+        }
+    }
+}

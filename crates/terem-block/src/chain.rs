@@ -87,6 +87,15 @@ impl ImageFile {
         self.len
     }
 
+    /// Looks again how long the file is, after it was written through [`Self::plain`].
+    pub(crate) fn refresh_len(&mut self) -> Result<(), OpenError> {
+        let meta = self.file.metadata().map_err(|e| OpenError::io(&self.path, "looking at the image", e))?;
+        if !self.block_device {
+            self.len = meta.len();
+        }
+        Ok(())
+    }
+
     /// The plain file, for reading and writing before there is an engine.
     pub(crate) fn plain(&self) -> &fs::File {
         &self.file
@@ -100,7 +109,10 @@ impl ImageFile {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(OpenError::truncated(
                 &self.path,
-                format!("{what} at {offset:#x}, {len:#x} bytes, is beyond the end of the file ({:#x})", self.len),
+                format!(
+                    "{what} at {offset:#x}, {len:#x} bytes, is beyond the end of the file ({:#x})",
+                    self.len
+                ),
             ));
         }
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
@@ -171,7 +183,9 @@ fn direct_alignment(fd: &OwnedFd) -> u64 {
 
 fn open_failed(path: &Path, writing: bool, error: io::Error) -> OpenError {
     match error.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) => OpenError::Permission { path: path.to_owned(), writing },
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+            OpenError::Permission { path: path.to_owned(), writing }
+        }
         _ => OpenError::io(path, "opening the image", error),
     }
 }
@@ -192,7 +206,7 @@ fn open_node(
     if seen.len() > MAX_DEPTH {
         return Err(OpenError::BackingTooDeep { path: path.to_owned(), max: MAX_DEPTH });
     }
-    let image = ImageFile::open(path, writing, options.lock, seen)?;
+    let mut image = ImageFile::open(path, writing, options.lock, seen)?;
     match image.format(format)? {
         Format::Raw => {
             let guarded = writing && format.is_none();
@@ -200,7 +214,7 @@ fn open_node(
         }
         Format::Qcow2 => {
             let header = Header::read(&image)?;
-            let tables = Tables::load(&image, header, writing)?;
+            let tables = Tables::load(&mut image, header, writing)?;
             let backing = open_backing(engine, path, tables.header(), options, seen)?;
             let file = image.into_storage(engine, options.cache)?;
             Ok(Node::Qcow2(Box::new(Qcow2::new(file, tables, backing, options))))
@@ -246,7 +260,9 @@ pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -
         reason: reason.to_owned(),
     };
     if *policy == BackingPolicy::None {
-        return Err(refused("backing files are switched off for this disk; flatten it with `qemu-img convert`"));
+        return Err(refused(
+            "backing files are switched off for this disk; flatten it with `qemu-img convert`",
+        ));
     }
     let plain = name.strip_prefix("file:").unwrap_or(name);
     // As QEMU: a colon before the first slash is a protocol ("json:" too).
@@ -258,10 +274,8 @@ pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -
         _ => Path::new("."),
     };
     let below = directory.join(plain);
-    let wrap = |e| OpenError::Backing {
-        path: path.to_owned(),
-        source: Box::new(open_failed(&below, false, e)),
-    };
+    let wrap =
+        |e| OpenError::Backing { path: path.to_owned(), source: Box::new(open_failed(&below, false, e)) };
     let resolved = below.canonicalize().map_err(wrap)?;
     let allowed = match policy {
         BackingPolicy::Any => return Ok(resolved),

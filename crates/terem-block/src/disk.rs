@@ -20,7 +20,9 @@ use crate::chain::open_chain;
 use crate::engine::{Bell, Engine};
 use crate::executor::Executor;
 use crate::node::Node;
-use crate::{AioEngine, BlockBackend, Complete, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request};
+use crate::{
+    AioEngine, BlockBackend, Complete, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request,
+};
 
 /// Stack of an I/O thread: a read may go down a chain of 200 images. Only what is used takes memory.
 const STACK: usize = 8 << 20;
@@ -100,7 +102,10 @@ pub struct Disk {
 
 impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Disk").field("facts", &self.facts).field("geometry", &self.geometry).finish_non_exhaustive()
+        f.debug_struct("Disk")
+            .field("facts", &self.facts)
+            .field("geometry", &self.geometry)
+            .finish_non_exhaustive()
     }
 }
 
@@ -117,7 +122,7 @@ impl Disk {
         let thread = std::thread::Builder::new()
             .name("disk".into())
             .stack_size(STACK)
-            .spawn(move || io_thread(path, &options, thread_shared, &tell))
+            .spawn(move || io_thread(path, &options, &thread_shared, &tell))
             .map_err(OpenError::Thread)?;
         match told.recv() {
             Ok(Ok((geometry, facts, bell))) => {
@@ -237,7 +242,7 @@ type Opened = Result<(Geometry, DiskFacts, Arc<Bell>), OpenError>;
 fn io_thread(
     path: PathBuf,
     options: &OpenOptions,
-    shared: Arc<Shared>,
+    shared: &Arc<Shared>,
     tell: &mpsc::Sender<Opened>,
 ) -> Result<(), IoError> {
     let opened = Engine::new(options.aio).and_then(|engine| {
@@ -255,7 +260,7 @@ fn io_thread(
     let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
     let executor = Executor::new(Rc::clone(&engine));
     let node = Rc::new(node);
-    let result = executor.block_on(serve(&engine, &executor, &node, &shared));
+    let result = executor.block_on(serve(&engine, &executor, &node, shared));
     shared.inbox().closed = true;
     // Whatever is still there is completed as Closed by being dropped.
     let left = std::mem::take(&mut shared.inbox().requests);

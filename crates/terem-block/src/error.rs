@@ -208,7 +208,8 @@ struct Holders<'a>(&'a [Holder]);
 impl fmt::Display for Holders<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() {
-            return f.write_str("another process (which one cannot be seen from here: `lslocks` as root tells)");
+            return f
+                .write_str("another process (which one cannot be seen from here: `lslocks` as root tells)");
         }
         for (i, holder) in self.0.iter().enumerate() {
             write!(f, "{}process {} ({})", if i == 0 { "" } else { ", " }, holder.pid, holder.command)?;

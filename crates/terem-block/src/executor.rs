@@ -10,6 +10,9 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use crate::engine::Engine;
 
+/// A future that stays on its thread.
+pub(crate) type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Numbers of tasks that can go on. Wakers must be `Send`, so it is behind a (never contended) mutex.
@@ -104,7 +107,7 @@ impl Executor {
 }
 
 /// Runs several futures side by side; the first error, once all have ended.
-pub(crate) async fn join_all<'a, E>(futures: Vec<Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>>) -> Result<(), E> {
+pub(crate) async fn join_all<E>(futures: Vec<LocalFuture<'_, Result<(), E>>>) -> Result<(), E> {
     let mut left: Vec<_> = futures.into_iter().map(Some).collect();
     let mut failed = None;
     std::future::poll_fn(move |cx| {

@@ -79,10 +79,6 @@ impl File {
         self.read_only
     }
 
-    pub(crate) fn align(&self) -> u64 {
-        self.align
-    }
-
     async fn run(&self, action: Action) -> Result<usize, IoError> {
         Ok(self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await?)
     }
@@ -92,7 +88,12 @@ impl File {
         loop {
             match self.run(Action::Allocate { mode, offset, length }).await {
                 Err(IoError::Os(libc::EINTR)) => {}
-                other => return other.map(drop),
+                Err(e) => return Err(e),
+                Ok(_) => {
+                    #[cfg(test)]
+                    crate::journal::allocated(mode, offset, length);
+                    return Ok(());
+                }
             }
         }
     }
@@ -185,6 +186,8 @@ impl File {
     }
 
     async fn write_aligned(&self, offset: u64, views: &[View], total: usize) -> Result<(), IoError> {
+        #[cfg(test)]
+        let record = crate::journal::write(offset, views);
         let mut done = 0;
         while done < total {
             let (memory, _) = Vectors::new(views, done);
@@ -195,6 +198,8 @@ impl File {
                 Err(e) => return Err(e),
             }
         }
+        #[cfg(test)]
+        crate::journal::ended(record);
         Ok(())
     }
 
@@ -218,7 +223,12 @@ impl File {
         if !self.durable || self.read_only {
             return Ok(());
         }
-        self.run(Action::Sync).await.map(drop).inspect_err(|_| self.sync_failed.set(true))
+        #[cfg(test)]
+        let covered = crate::journal::sync_begins();
+        self.run(Action::Sync).await.inspect_err(|_| self.sync_failed.set(true))?;
+        #[cfg(test)]
+        crate::journal::synced(&covered);
+        Ok(())
     }
 
     /// Gives storage back; the range reads as zeroes or as before. Never fails for want of support.

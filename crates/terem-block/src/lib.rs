@@ -1,7 +1,46 @@
 //! Disk images: formats, locks and asynchronous I/O.
+//!
+//! A [`Disk`] is an open image with an I/O thread of its own; devices see it as a [`BlockBackend`].
+//! [`create`], [`info`], [`check`] and [`convert`] work on images that no guest uses.
+//!
+//! Read on in this order: `backend` (what a device asks for), `disk` (the I/O thread), `node` (an opened
+//! image of any format), `qcow2` and `raw` (the formats), `file` (storage), `engine` (the kernel).
+//!
+//! Nothing in an image can panic or hang the program: sizes are checked against the file and fixed limits
+//! before memory is taken, and every offset against the format's rules before it is used.
 #![deny(unsafe_code)] // Only the I/O engine, where the kernel takes raw pointers, switches it on again.
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "sizes in tests are small"))]
 
 mod backend;
+mod chain;
+mod check;
+mod convert;
+mod create;
+mod disk;
+mod engine;
+mod error;
+mod executor;
+mod exercise;
+mod file;
+mod info;
+#[cfg(test)]
+mod journal;
+mod lock;
+mod node;
+mod options;
+mod probe;
+mod qcow2;
+mod range_lock;
+mod raw;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
+pub use check::{CheckReport, check};
+pub use convert::{convert, import};
+pub use create::{BackingFile, CreateOptions, Preallocation, create};
+pub use disk::{Disk, DiskFacts};
+pub use error::OpenError;
+pub use exercise::exercise_qcow2;
+pub use info::{ImageInfo, Qcow2Info, SnapshotInfo, info};
+pub use lock::Holder;
+pub use options::{AioEngine, BackingPolicy, Cache, Format, OpenOptions};
 pub use terem_memory::{AlignedBuffer, IoMemory};

@@ -39,7 +39,8 @@ pub(crate) fn lock_image(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(),
     // What would contradict us: somebody denies what we use, or uses what we deny.
     let theirs = uses.iter().map(|n| DENIED + n).chain(denies.iter().map(|n| USED + n));
 
-    let fail = |source: io::Error| OpenError::Io { path: path.to_owned(), doing: "locking the image", source };
+    let fail =
+        |source: io::Error| OpenError::Io { path: path.to_owned(), doing: "locking the image", source };
     // First ours, then a look: of two processes at the same time at least one sees the other.
     for byte in ours.clone() {
         match ofd::lock_shared(fd.as_fd(), byte) {

@@ -1,9 +1,9 @@
 //! An opened image of any format, as its parent (the disk or an overlay) uses it.
 
 use std::path::PathBuf;
-use std::pin::Pin;
 
 use crate::engine::View;
+use crate::executor::LocalFuture;
 use crate::file::to_usize;
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
@@ -11,9 +11,6 @@ use crate::{Format, Geometry, IoError, Op};
 
 /// Most bytes of one discard or write-zeroes.
 const MAX_DISCARD: u64 = 2 << 30;
-
-/// A future of the disk's thread.
-pub(crate) type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// An opened image.
 pub(crate) enum Node {

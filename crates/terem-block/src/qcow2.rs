@@ -32,6 +32,8 @@ mod header;
 mod image;
 mod mapping;
 mod metadata;
+#[cfg(test)]
+mod power_tests;
 mod read;
 mod rebuild;
 mod refcount;

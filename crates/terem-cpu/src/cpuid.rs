@@ -96,6 +96,8 @@ impl Cpuid {
     #[must_use]
     pub fn query(&self, leaf: u32, subleaf: u32) -> CpuidEntry {
         let m = &self.model;
+        // Only these leaves look at ECX; elsewhere a guest may leave anything in it.
+        let subleaf = if matches!(leaf, 4 | 7 | 0xb | 0xd) { subleaf } else { 0 };
         let bits = |register| m.features.bits(leaf, subleaf, register);
         let [v0, v1, v2] = [&m.vendor[0..4], &m.vendor[4..8], &m.vendor[8..12]]
             .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
@@ -232,6 +234,8 @@ mod tests {
             .collect();
         assert_eq!(brand, b"Teremok virtual CPU");
         assert_eq!(c.query(0x1234_5678, 0).registers, [0; 4]);
+        assert_eq!(c.query(0x8000_0001, 77), c.query(0x8000_0001, 0), "ECX says nothing there");
+        assert_ne!(c.query(7, 1), c.query(7, 0));
     }
 
     #[test]

@@ -1,4 +1,15 @@
-//! The machine, in the order in which it is made: [`plan`], [`boot`], [`acpi`].
+//! The machine, in the order in which it is made.
+//!
+//! ```text
+//!   MachineConfig ──plan──> Plan ──Machine::build──> Machine ──Machine::run──> Outcome
+//!                                  (backends, board,    └─ MachineHandle: status, pause, stop, save …
+//!                                   tables, kernel)
+//! ```
+//!
+//! - [`plan`]: where everything goes; pure data.
+//! - [`boot`], [`acpi`], [`smbios`], [`e820`]: what a guest finds in its memory.
+//! - [`board`]: the devices and their wires.
+//! - [`Machine`]: built from a [`plan::Plan`], run to its [`Outcome`], steered by its [`MachineHandle`].
 
 #![forbid(unsafe_code)]
 
@@ -7,3 +18,23 @@ pub mod board;
 pub mod boot;
 pub mod e820;
 pub mod plan;
+pub mod smbios;
+
+mod build;
+mod consoles;
+mod disks;
+mod handle;
+mod machine;
+mod nets;
+mod outcome;
+mod saved;
+mod vcpus;
+
+pub use build::{BuildError, Lent};
+pub use consoles::ConsoleError;
+pub use disks::DiskError;
+pub use handle::{Event, MachineHandle, Phase, RequestError, Status};
+pub use machine::{Machine, PrepareError};
+pub use nets::NetError;
+pub use outcome::{Outcome, TripleFault};
+pub use saved::SaveError;

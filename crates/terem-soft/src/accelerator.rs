@@ -43,10 +43,8 @@ impl SoftAccelerator {
     /// [`CpuError::Unsupported`] lists the model's features that this host's CPU lacks and the interpreter
     /// takes from it.
     pub fn new(bus: Arc<Bus>, memory: GuestMemory, config: SoftConfig) -> Result<Self, CpuError> {
-        let missing: Vec<&str> = crate::sse::host_lacks()
-            .into_iter()
-            .filter(|name| config.model.features.has(name))
-            .collect();
+        let host = crate::sse::supported_features();
+        let missing: Vec<&str> = config.model.features.missing_from(&host);
         if !missing.is_empty() {
             let reason = format!(
                 "this host's processor lacks {}; switch {} off, as in --cpu {},-{}",

@@ -408,7 +408,7 @@ impl Apic {
                 let destination = r.r[reg::ICR2] >> 24;
                 let x2 = r.x2apic();
                 drop(r);
-                self.send(value, destination, x2);
+                return self.send(value, destination, x2);
             }
             reg::LVT_TIMER => {
                 let now = bus.clock.now();

@@ -98,7 +98,7 @@ impl InstructionSet {
         let mut set = Self { allowed: vec![false; CpuidFeature::values().len()], options: DecoderOptions::NONE };
         let always = [
             F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::INTEL8086_ONLY, F::X64, F::CPUID,
-            F::FPU, F::FPU287, F::FPU387, F::MULTIBYTENOP, F::PAUSE, F::RDPMC, F::INTEL386_486_ONLY, F::SMM,
+            F::FPU, F::FPU287, F::FPU387, F::MULTIBYTENOP, F::PAUSE, F::RDPMC, F::SMM,
             F::INTEL286_ONLY, F::INTEL386_ONLY, F::CET_IBT, F::PREFETCHW, F::PREFETCHWT1, F::CX8, F::TSC, F::MSR,
         ];
         for f in always {

@@ -38,5 +38,8 @@ mod stack;
 mod system;
 mod x87;
 
+#[cfg(test)]
+mod oracle;
+
 pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
 pub use cpu::Stats;

@@ -257,7 +257,7 @@ impl Cpu {
     }
 
     /// Checks that `size` bytes at `linear` are canonical (in 64-bit mode).
-    fn canonical(&self, linear: u64, size: u64, segment: u8) -> Exec {
+    pub(crate) fn canonical(&self, linear: u64, size: u64, segment: u8) -> Exec {
         let ok = |at: u64| (at as i64) << 16 >> 16 == at as i64;
         if !self.long_mode() || (ok(linear) && ok(linear.wrapping_add(size - 1))) {
             return Ok(());

@@ -63,18 +63,6 @@ impl Cpu {
         Ok(())
     }
 
-    /// Pushes the low bits of a value in a slot of `size` (2, 4 or 8) bytes.
-    ///
-    /// # Errors
-    /// As for [`Self::push`].
-    pub(crate) fn push_sized(&mut self, op: &Op, size: u64, value: u64) -> Exec {
-        match size {
-            2 => self.push(op, value as u16),
-            4 => self.push(op, value as u32),
-            _ => self.push(op, value),
-        }
-    }
-
     /// Reads the stack, `above` bytes above the stack pointer, which stays.
     ///
     /// # Errors

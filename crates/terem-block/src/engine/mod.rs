@@ -24,7 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-pub(crate) use vectors::{MAX_VECTORS, Vectors, View};
+pub(crate) use vectors::{Vectors, View};
 
 use crate::{AioEngine, OpenError};
 
@@ -77,9 +77,14 @@ pub(crate) struct Job {
 enum Slot {
     Free,
     /// With the kernel or a worker. The job is here unless a worker has it.
-    Flying { job: Option<Box<Job>>, waker: Option<Waker> },
+    Flying {
+        job: Option<Box<Job>>,
+        waker: Option<Waker>,
+    },
     /// Nobody waits for it any more, but its memory may still be written.
-    Abandoned { job: Option<Box<Job>> },
+    Abandoned {
+        job: Option<Box<Job>>,
+    },
     Done(io::Result<usize>),
 }
 
@@ -193,9 +198,10 @@ impl Engine {
     }
 
     fn busy(&self) -> bool {
-        self.slots.borrow().iter().any(|slot| {
-            matches!(slot, Slot::Flying { job: Some(_), .. } | Slot::Abandoned { job: Some(_) })
-        })
+        self.slots
+            .borrow()
+            .iter()
+            .any(|slot| matches!(slot, Slot::Flying { job: Some(_), .. } | Slot::Abandoned { job: Some(_) }))
     }
 }
 

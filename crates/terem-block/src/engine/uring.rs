@@ -84,7 +84,11 @@ impl Ring {
     }
 
     /// Submits and reaps; returns whether the bell rang.
-    pub(super) fn wait(&mut self, block: bool, done: &mut Vec<(usize, io::Result<usize>)>) -> io::Result<bool> {
+    pub(super) fn wait(
+        &mut self,
+        block: bool,
+        done: &mut Vec<(usize, io::Result<usize>)>,
+    ) -> io::Result<bool> {
         self.fill();
         let want = usize::from(block && self.ring.completion().is_empty());
         match self.ring.submit_and_wait(want) {
@@ -110,7 +114,7 @@ impl Ring {
     }
 }
 
-/// A list's length, which [`super::MAX_VECTORS`] bounds.
+/// A list's length, which `MAX_VECTORS` bounds.
 fn count(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use terem_memory::{AlignedBuffer, IoMemory, IoVec};
 
 /// Most pieces of memory in one system call (`UIO_MAXIOV`).
-pub(crate) const MAX_VECTORS: usize = 1024;
+const MAX_VECTORS: usize = 1024;
 
 /// A range of shared memory.
 #[derive(Clone)]
@@ -78,7 +78,7 @@ impl std::fmt::Debug for Vectors {
 }
 
 impl Vectors {
-    /// The pieces of `views` from byte `skip` on, [`MAX_VECTORS`] at most, and how many bytes they hold.
+    /// The pieces of `views` from byte `skip` on, `MAX_VECTORS` at most, and how many bytes they hold.
     pub(crate) fn new(views: &[View], mut skip: usize) -> (Self, usize) {
         let (mut list, mut memory, mut total) = (Vec::new(), Vec::new(), 0);
         for view in views {

@@ -59,7 +59,8 @@ impl Qcow2 {
             }
             let bytes = count << self.bits();
             if let Err(what) = self.metadata.check(first << self.bits(), bytes, Writing::Data) {
-                let what = format!("a cluster of the {what} at or after {:#x} counts as free", first << self.bits());
+                let what =
+                    format!("a cluster of the {what} at or after {:#x} counts as free", first << self.bits());
                 return Err(self.found_corrupt(what).await);
             }
             let dirty = counts.bytes(run.start).start..counts.bytes(run.end - 1).end;
@@ -218,11 +219,15 @@ impl Qcow2 {
             let (index, place) = self.counts.place(cluster);
             let counts = self.counts;
             let Some(block) = self.present_block(index).await? else {
-                return Err(self.found_corrupt(format!("cluster {cluster:#x} was in use but not counted")).await);
+                return Err(self
+                    .found_corrupt(format!("cluster {cluster:#x} was in use but not counted"))
+                    .await);
             };
             let count = self.blocks.with(block, |b| counts.get(b, place)).unwrap_or(0);
             if count == 0 {
-                return Err(self.found_corrupt(format!("cluster {cluster:#x} was in use but not counted")).await);
+                return Err(self
+                    .found_corrupt(format!("cluster {cluster:#x} was in use but not counted"))
+                    .await);
             }
             if count == 1 {
                 match holes.last_mut() {

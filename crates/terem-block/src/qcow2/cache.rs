@@ -97,7 +97,9 @@ impl TableCache {
             self.slots.borrow_mut().insert(offset, Slot::Loading(Vec::new()));
             if offset.checked_add(self.table_len as u64).is_none_or(|end| end > file.len()) {
                 self.loaded(offset, None);
-                return Err(IoError::Corrupt(format!("a table at {offset:#x} is beyond the end of the file")));
+                return Err(IoError::Corrupt(format!(
+                    "a table at {offset:#x} is beyond the end of the file"
+                )));
             }
             let bytes = file.read_bytes(offset, self.table_len).await;
             match bytes {
@@ -180,10 +182,6 @@ impl TableCache {
             }
             _ => None,
         }
-    }
-
-    pub(crate) fn is_dirty(&self) -> bool {
-        self.slots.borrow().values().any(|slot| matches!(slot, Slot::Ready(t) if t.dirty.is_some()))
     }
 
     /// A copy of all that is dirty. The tables count as clean, and stay until [`Self::written`].

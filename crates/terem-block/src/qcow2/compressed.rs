@@ -41,7 +41,9 @@ impl Qcow2 {
             return Ok(bytes);
         }
         if host >= self.file.len() {
-            return Err(IoError::Corrupt(format!("a compressed cluster at {host:#x} is beyond the end of the file")));
+            return Err(IoError::Corrupt(format!(
+                "a compressed cluster at {host:#x} is beyond the end of the file"
+            )));
         }
         let data = self.file.read_bytes(host, to_usize(length)).await?;
         let bytes = decompress(self.header.compression, &data, to_usize(self.cluster_size()))

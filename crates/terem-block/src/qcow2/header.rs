@@ -83,6 +83,21 @@ impl Header {
         1 << self.cluster_bits
     }
 
+    /// Whether refcounts may be behind while the image is open.
+    pub(crate) fn has_lazy_refcounts(&self) -> bool {
+        self.version >= 3 && self.compatible & LAZY_REFCOUNTS != 0
+    }
+
+    /// Whether refcounts are behind.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.incompatible & DIRTY != 0
+    }
+
+    /// Whether damage was found.
+    pub(crate) fn is_corrupt(&self) -> bool {
+        self.incompatible & CORRUPT != 0
+    }
+
     /// Reads and checks an image's header.
     ///
     /// # Errors
@@ -170,7 +185,8 @@ impl Header {
         let name_of = |bit: u32| {
             let entries = table.as_deref().unwrap_or_default().chunks_exact(48);
             let entry = entries.into_iter().find(|e| e[0] == 0 && u32::from(e[1]) == bit)?;
-            let name: String = String::from_utf8_lossy(&entry[2..]).chars().take_while(|c| *c != '\0').collect();
+            let name: String =
+                String::from_utf8_lossy(&entry[2..]).chars().take_while(|c| *c != '\0').collect();
             (!name.is_empty()).then(|| name.escape_debug().to_string())
         };
         let names = (0..64)
@@ -191,7 +207,9 @@ impl Header {
         let name = usize::try_from(offset)
             .ok()
             .and_then(|at| head.get(at..at.checked_add(length as usize)?))
-            .ok_or_else(|| OpenError::corrupt(image.path(), "its backing file name is outside of the first cluster"))?;
+            .ok_or_else(|| {
+                OpenError::corrupt(image.path(), "its backing file name is outside of the first cluster")
+            })?;
         let name = std::str::from_utf8(name)
             .map_err(|_| OpenError::corrupt(image.path(), "its backing file name is not UTF-8"))?;
         if name.contains('\0') {
@@ -226,7 +244,8 @@ impl Header {
         }
         let needed = self.size.div_ceil(cluster << (self.cluster_bits - 3));
         if self.size > i64::MAX as u64 || needed * 8 > MAX_L1_BYTES {
-            let what = format!("a virtual size of {} bytes is too large for clusters of {cluster}", self.size);
+            let what =
+                format!("a virtual size of {} bytes is too large for clusters of {cluster}", self.size);
             return Err(OpenError::Limit { path: path.to_owned(), what });
         }
         if u64::from(self.l1_size) * 8 > MAX_L1_BYTES || u64::from(self.l1_size) < needed {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::cache::TableCache;
 use super::compressed::Decompressed;
-use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, LAZY_REFCOUNTS};
+use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT};
 use super::metadata::MetadataMap;
 use super::refcount::RefcountFormat;
 use super::tables::Tables;
@@ -129,7 +129,7 @@ impl Qcow2 {
 
     /// Whether refcounts may stay behind until the image is closed (specification, "Compatible features").
     pub(super) fn lazy_refcounts(&self) -> bool {
-        self.header.version >= 3 && self.header.compatible & LAZY_REFCOUNTS != 0
+        self.header.has_lazy_refcounts()
     }
 
     /// To be called before anything is changed.

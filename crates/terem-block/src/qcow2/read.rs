@@ -4,9 +4,8 @@ use super::Qcow2;
 use super::entry::Mapping;
 use crate::IoError;
 use crate::engine::View;
-use crate::executor::join_all;
+use crate::executor::{LocalFuture, join_all};
 use crate::file::to_usize;
-use crate::node::LocalFuture;
 
 /// A part of a read that one operation serves.
 #[derive(Debug, Clone, Copy)]

@@ -78,7 +78,7 @@ mod tests {
     fn all_widths_keep_their_neighbours() {
         for order in 0..=6 {
             let format = RefcountFormat::new(order, 9);
-            assert_eq!(format.per_block(), 512 * 8 >> order);
+            assert_eq!(format.per_block(), (512 * 8) >> order);
             let mut block = vec![0; 512];
             let value = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & format.max();
             for i in 0..usize::try_from(format.per_block()).expect("small") {

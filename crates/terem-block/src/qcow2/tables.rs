@@ -1,6 +1,7 @@
 //! Tables that are read at opening and kept in memory.
 
-use super::header::{CORRUPT, DIRTY, Header};
+use super::entry::OFFSET;
+use super::header::Header;
 use super::rebuild::rebuild_refcounts;
 use super::snapshot::{Snapshot, read_snapshots};
 use crate::OpenError;
@@ -23,16 +24,33 @@ impl Tables {
     /// # Errors
     /// [`OpenError`] when they are not in the file or contradict the specification, or when an image that
     /// is marked corrupt is to be written.
-    pub(crate) fn load(image: &ImageFile, mut header: Header, writing: bool) -> Result<Self, OpenError> {
-        if writing && header.incompatible & CORRUPT != 0 {
+    pub(crate) fn load(image: &mut ImageFile, mut header: Header, writing: bool) -> Result<Self, OpenError> {
+        if writing && header.is_corrupt() {
             return Err(OpenError::MarkedCorrupt { path: image.path().to_owned() });
         }
-        if writing && header.incompatible & DIRTY != 0 {
+        if writing && header.is_dirty() {
             tracing::warn!(path = %image.path().display(), "was not closed properly, rebuilding its refcounts");
             rebuild_refcounts(image, &Self::read(image, header)?)?;
+            image.refresh_len()?;
             header = Header::read(image)?;
         }
-        Self::read(image, header)
+        let tables = Self::read(image, header)?;
+        if writing {
+            tables.check_blocks(image)?;
+        }
+        Ok(tables)
+    }
+
+    /// Each refcount block must be its own: writing through one would change what another says.
+    fn check_blocks(&self, image: &ImageFile) -> Result<(), OpenError> {
+        let mut blocks: Vec<u64> = self.reftable.iter().map(|e| e & OFFSET).filter(|&e| e != 0).collect();
+        blocks.sort_unstable();
+        match blocks.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => {
+                Err(OpenError::corrupt(image.path(), format!("two refcount blocks at {:#x}", pair[0])))
+            }
+            None => Ok(()),
+        }
     }
 
     pub(crate) fn read(image: &ImageFile, header: Header) -> Result<Self, OpenError> {
@@ -53,7 +71,12 @@ impl Tables {
 }
 
 /// A table of big-endian 64-bit entries.
-pub(super) fn read_table(image: &ImageFile, offset: u64, bytes: u64, what: &str) -> Result<Vec<u64>, OpenError> {
+pub(super) fn read_table(
+    image: &ImageFile,
+    offset: u64,
+    bytes: u64,
+    what: &str,
+) -> Result<Vec<u64>, OpenError> {
     if bytes == 0 {
         return Ok(Vec::new());
     }

@@ -5,9 +5,8 @@ use super::entry::{COPIED, Mapping};
 use super::metadata::Writing;
 use crate::IoError;
 use crate::engine::View;
-use crate::executor::join_all;
+use crate::executor::{LocalFuture, join_all};
 use crate::file::to_usize;
-use crate::node::LocalFuture;
 
 /// Up to this many zeroes around new data are written with it; more get an operation of their own.
 const INLINE_ZEROES: usize = 256 << 10;
@@ -98,15 +97,20 @@ impl Qcow2 {
             if in_place > 0 {
                 let next = end.min((first + in_place) << self.bits());
                 let part = view.part(to_usize(at - offset), to_usize(next - at));
-                // The mappings were just seen, and the clusters are ours.
-                if let Some(parts) = self.in_place(at, &part).await? {
-                    self.write_in_place(parts).await?;
-                }
+                let parts = self.in_place(at, &part).await?;
+                // The mappings were just seen, and nobody else may change them.
+                let parts = parts.ok_or_else(|| IoError::Corrupt("a mapping changed by itself".into()))?;
+                self.write_in_place(parts).await?;
                 at = next;
                 continue;
             }
             let (host, count, taken) = match mappings[0] {
-                Mapping::Zero { host: Some(host), .. } if kept(&mappings[0]) => (host, 1, false),
+                Mapping::Zero { host: Some(host), .. } if kept(&mappings[0]) => {
+                    if let Err(what) = self.metadata.check(host, self.cluster_size(), Writing::Data) {
+                        return Err(self.found_corrupt(format!("a zero cluster lies in the {what}")).await);
+                    }
+                    (host, 1, false)
+                }
                 _ => {
                     let want = mappings.iter().take_while(|m| !ours(m) && !kept(m)).count() as u64;
                     let (cluster, count) = self.allocate(want).await?;

@@ -42,6 +42,7 @@
 //! The i440fx's two functions (`pmc.rs`, `piix3.rs`) will stand beside [`mch`] and [`ich9_lpc`].
 
 pub mod acpi_pm;
+mod calendar;
 mod counter;
 pub mod debug_exit;
 pub mod debugcon;
@@ -55,9 +56,11 @@ pub mod pic;
 pub mod pit;
 pub mod pvpanic;
 pub mod reset_control;
+mod ps2;
 pub mod router;
 pub mod rtc;
 pub mod uart;
+mod window;
 
 #[cfg(test)]
 mod lab;

@@ -62,7 +62,7 @@ fn low(addr: u64) -> u32 {
 fn motherboard(d: &Description<'_>) -> Code {
     let ecam = Memory32Fixed::new(true, low(d.map.ecam.base), low(d.map.ecam.size));
     let pm = IO::new(ports::PM_BASE, ports::PM_BASE, 1, ports::PM_LEN);
-    let smi = IO::new(0xb2, 0xb2, 1, 2);
+    let smi = IO::new(ports::SMI_COMMAND, ports::SMI_COMMAND, 1, 2);
     let resources = ResourceTemplate::new(vec![&ecam, &pm, &smi]);
     let hid = EISAName::new("PNP0C02");
     let (id, uid, crs) = (

@@ -3,6 +3,7 @@
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
+use terem_devices::chipset::acpi_pm;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::board::ports;
@@ -30,6 +31,7 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton) // no fixed sleep button
+        .flag(Flags::TmrValExt) // a 32-bit PM timer
         .flag(Flags::ResetRegSup);
     f.fadt_minor_version = MINOR_VERSION;
     // The 64-bit fields count where both are given, and older systems read the 32-bit ones.
@@ -38,8 +40,9 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     f.firmware_ctrl = u32::try_from(facs).unwrap_or(0).into();
     f.x_firmware_ctrl = facs.into();
     f.sci_int = u16::from(ports::SCI_IRQ).into();
-    // No SMI command port: the board is in ACPI mode from the start (4.8.2.5).
-    f.smi_cmd = 0.into();
+    f.smi_cmd = u32::from(ports::SMI_COMMAND).into();
+    f.acpi_enable = acpi_pm::ACPI_ENABLE;
+    f.acpi_disable = acpi_pm::ACPI_DISABLE;
     f.pm1a_evt_blk = u32::from(ports::PM1_EVENT).into();
     f.pm1_evt_len = 4;
     f.pm1a_cnt_blk = u32::from(ports::PM1_CONTROL).into();

@@ -1,5 +1,7 @@
 //! Fixed ports and interrupts of the q35, where PC firmware puts them.
 
+use terem_devices::chipset::acpi_pm;
+
 /// The power management block (ICH9 datasheet, PMBASE).
 pub const PM_BASE: u16 = 0x600;
 /// Bytes of it.
@@ -14,10 +16,12 @@ pub const PM_TIMER: u16 = PM_BASE + 8;
 pub const GPE0: u16 = PM_BASE + 0x20;
 /// Bytes of GPE0.
 pub const GPE0_LEN: u8 = 16;
+/// Switches ACPI on and off.
+pub const SMI_COMMAND: u16 = 0xb2;
 /// The system control interrupt.
 pub const SCI_IRQ: u8 = 9;
 /// `SLP_TYP` of soft off (ICH9 datasheet, `PM1_CNT`).
-pub const SLEEP_TYPE_S5: u8 = 7;
+pub const SLEEP_TYPE_S5: u8 = acpi_pm::SLEEP_TYPE_S5;
 /// Reset control register.
 pub const RESET_CONTROL: u16 = 0xcf9;
 /// What resets everything there: system reset and CPU reset.

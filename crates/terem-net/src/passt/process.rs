@@ -223,6 +223,12 @@ impl HostRoutes {
     }
 }
 
+/// Does the host have a default route for IPv6, so that passt offers it?
+#[cfg(test)]
+pub(super) fn host_has_ipv6() -> bool {
+    HostRoutes::read().ipv6.is_some()
+}
+
 fn arguments(options: &PasstOptions, routes: &HostRoutes, socket: &impl AsRawFd) -> Vec<String> {
     let mut arguments: Vec<String> = ["--foreground", "--quiet"].map(str::to_owned).into();
     let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);

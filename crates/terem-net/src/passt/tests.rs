@@ -199,6 +199,61 @@ fn a_forwarded_port_reaches_the_guest() {
 }
 
 #[test]
+fn datagrams_go_both_ways() {
+    let server = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let passt = start(vec![Forward {
+        protocol: Protocol::Udp,
+        address: Some(Ipv4Addr::LOCALHOST.into()),
+        host_port: free,
+        guest_port: 53,
+    }]);
+    let mut udp = vec![0x30, 0x39];
+    udp.extend_from_slice(&server.local_addr().unwrap().port().to_be_bytes());
+    udp.extend_from_slice(&[0, 12, 0, 0]);
+    udp.extend_from_slice(b"ping");
+    let frame = ipv4(17, GUEST_ADDRESS, GATEWAY_ADDRESS, &udp);
+    passt.transmit(&VnetHeader::default(), &[IoSlice::new(&frame)]).unwrap();
+    let mut buffer = [0; 16];
+    let (length, from) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..length], b"ping");
+    server.send_to(b"pong", from).unwrap();
+    let answer = expect(&passt, |frame| frame.len() >= 46 && frame[23] == 17 && word(frame, 36) == 12_345);
+    assert_eq!(&answer[42..46], b"pong");
+    assert_eq!(answer[26..30], GATEWAY_ADDRESS.octets());
+    // And by the forwarded port.
+    server.send_to(b"host", ("127.0.0.1", free)).unwrap();
+    let forwarded = expect(&passt, |frame| frame.len() >= 46 && frame[23] == 17 && word(frame, 36) == 53);
+    assert_eq!(&forwarded[42..46], b"host");
+}
+
+#[test]
+fn ipv6_is_there_where_the_host_has_it() {
+    if !process::host_has_ipv6() {
+        return;
+    }
+    let passt = start(Vec::new());
+    // A router solicitation (RFC 4861, 4.1) to all routers, ff02::2.
+    let source = "fe80::5054:ff:fe12:3456".parse::<std::net::Ipv6Addr>().unwrap().octets();
+    let target = "ff02::2".parse::<std::net::Ipv6Addr>().unwrap().octets();
+    let mut frame = vec![0x33, 0x33, 0, 0, 0, 2];
+    frame.extend_from_slice(&GUEST_MAC);
+    frame.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0, 0, 8, 58, 255]);
+    frame.extend_from_slice(&source);
+    frame.extend_from_slice(&target);
+    let sum = crate::checksum::Sum::default().add(&source).add(&target).add_word(58).add_word(8);
+    let checksum = sum.add_word(133 << 8).finish().to_be_bytes();
+    frame.extend_from_slice(&[133, 0, checksum[0], checksum[1], 0, 0, 0, 0]);
+    passt.transmit(&VnetHeader::default(), &[IoSlice::new(&frame)]).unwrap();
+    let advertisement = expect(&passt, |frame| {
+        frame.len() > 70 && word(frame, 12) == 0x86dd && frame[20] == 58 && frame[54] == 134
+    });
+    // Prefix information (RFC 4861, 4.6.2): option 3, 4 units of 8 bytes, 64 bits of prefix.
+    assert!(advertisement[70..].windows(3).any(|option| option == [3, 4, 64]));
+}
+
+#[test]
 fn offloads_say_what_was_agreed() {
     let passt = start(Vec::new());
     assert_eq!(passt.receive_offloads(), Offloads::CHECKSUM);

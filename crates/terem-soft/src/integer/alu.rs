@@ -30,30 +30,62 @@ trait DoubleShift {
     fn run<W: Word>(flags: Flags, a: W, b: W, count: u8) -> (W, Flags);
 }
 
-macro_rules! operations {
-    ($tr:ident, $bound:ident, ($($arg:ident: $t:ident),*), $($name:ident $f:ident $writes:expr;)*) => { $(
+macro_rules! binary_operations {
+    ($($name:ident $f:ident $writes:literal;)*) => { $(
         struct $name;
-        impl $tr for $name {
-            operations!(@writes $tr $writes);
+        impl Binary for $name {
+            const WRITES: bool = $writes;
 
             #[inline(always)]
-            fn run<W: $bound>(flags: Flags, $($arg: $t),*) -> (W, Flags) {
-                W::$f(flags, $($arg),*)
+            fn run<W: Int>(flags: Flags, a: W, b: W) -> (W, Flags) {
+                W::$f(flags, a, b)
             }
         }
     )* };
-    (@writes Binary $writes:expr) => { const WRITES: bool = $writes; };
-    (@writes $other:ident $writes:expr) => {};
 }
-operations! { Binary, Int, (a: W, b: W),
+binary_operations! {
     Add add true; Or or true; Adc adc true; Sbb sbb true; And and true; Sub sub true; Xor xor true;
     Cmp sub false; Test and false;
 }
-operations! { Unary, Int, (a: W), Inc inc true; Dec dec true; Neg neg true; }
-operations! { Shift, Int, (a: W, count: u8),
-    Shl shl true; Shr shr true; Sar sar true; Rol rol true; Ror ror true; Rcl rcl true; Rcr rcr true;
+
+macro_rules! unary_operations {
+    ($($name:ident $f:ident)*) => { $(
+        struct $name;
+        impl Unary for $name {
+            #[inline(always)]
+            fn run<W: Int>(flags: Flags, a: W) -> (W, Flags) {
+                W::$f(flags, a)
+            }
+        }
+    )* };
 }
-operations! { DoubleShift, Word, (a: W, b: W, count: u8), Shld shld true; Shrd shrd true; }
+unary_operations! { Inc inc Dec dec Neg neg }
+
+macro_rules! shifts {
+    ($($name:ident $f:ident)*) => { $(
+        struct $name;
+        impl Shift for $name {
+            #[inline(always)]
+            fn run<W: Int>(flags: Flags, a: W, count: u8) -> (W, Flags) {
+                W::$f(flags, a, count)
+            }
+        }
+    )* };
+}
+shifts! { Shl shl Shr shr Sar sar Rol rol Ror ror Rcl rcl Rcr rcr }
+
+macro_rules! double_shifts {
+    ($($name:ident $f:ident)*) => { $(
+        struct $name;
+        impl DoubleShift for $name {
+            #[inline(always)]
+            fn run<W: Word>(flags: Flags, a: W, b: W, count: u8) -> (W, Flags) {
+                W::$f(flags, a, b, count)
+            }
+        }
+    )* };
+}
+double_shifts! { Shld shld Shrd shrd }
 
 struct Not;
 impl Unary for Not {

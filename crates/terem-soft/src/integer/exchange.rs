@@ -1,6 +1,5 @@
 //! `xchg`, `xadd`, `cmpxchg` and its wide forms.
 
-use std::sync::atomic::Ordering;
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -188,6 +187,24 @@ fn cmpxchg8b_locked(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(())
 }
 
+/// The host's own; returns what was there. (The intrinsic of this name is a call into a library that is not
+/// linked, unless all of the caller is compiled for hosts that have the instruction.)
+///
+/// # Safety
+/// The host has the instruction; `at` is aligned to 16 bytes and may be written.
+unsafe fn host_cmpxchg16b(at: *mut u8, expected: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
+    // SAFETY: as the function's own condition. RBX is the compiler's, so it is put back.
+    unsafe {
+        std::arch::asm!(
+            "xchg {b}, rbx", "lock cmpxchg16b [{at}]", "mov rbx, {b}",
+            at = in(reg) at, b = inout(reg) new as u64 => _, in("rcx") (new >> 64) as u64,
+            inout("rax") low, inout("rdx") high, options(nostack),
+        );
+    }
+    u128::from(low) | u128::from(high) << 64
+}
+
 /// Atomic with and without `lock`.
 fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Exec {
     let at = cpu.operand_address(op, 16, true)?;
@@ -200,9 +217,8 @@ fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Exec {
     let old = if let Some(host) = host
         && std::arch::is_x86_feature_detected!("cmpxchg16b")
     {
-        let seq = Ordering::SeqCst;
         // SAFETY: the host has the instruction, and `host` is an aligned place in RAM.
-        let old = unsafe { std::arch::x86_64::cmpxchg16b(host.cast::<u128>(), expected, new, seq, seq) };
+        let old = unsafe { host_cmpxchg16b(host, expected, new) };
         cpu.stored(host as u64);
         old
     } else {

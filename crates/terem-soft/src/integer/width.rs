@@ -170,7 +170,7 @@ macro_rules! shift {
 
 /// What every width has.
 macro_rules! int {
-    ($class:ident, $m:literal, $acc:literal) => {
+    ($class:ident, $m:literal, $acc:tt) => {
         const BITS: u32 = Self::BITS;
 
         #[inline(always)]

@@ -31,7 +31,7 @@ static HOST: u32 = MXCSR_DEFAULT;
 
 /// What a result consists of, to find tiny ones.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Shape {
+pub(super) enum Shape {
     /// Results cannot be tiny.
     Whole,
     /// This many `f32` from the lowest place on.

@@ -257,18 +257,22 @@ fn from_vector(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(())
 }
 
-/// `cvtpi2ps`: the low two elements; the others stay.
-fn to_singles<S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
-    cpu.wait_x87()?;
+/// `cvtpi2ps`: the low two elements; the others stay. From memory it has nothing to do with MMX.
+fn to_singles<S: Source, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
+    if !MEMORY {
+        cpu.wait_x87()?;
+    }
     let b = S::get(cpu, op)?;
+    if !MEMORY {
+        cpu.fpu.start_mmx();
+    }
     let low = cpu.float::<Cvtdq2ps>(V::default(), b)?.bits() as u64;
-    cpu.fpu.start_mmx();
     let value = cpu.vector(op.reg).bits() >> 64 << 64 | u128::from(low);
     cpu.set_vector(op.reg, V::from(value));
     Ok(())
 }
 
-/// `cvtpi2pd`: exact. From memory it has nothing to do with MMX.
+/// `cvtpi2pd`, in the same way; exact.
 fn to_doubles<S: Source, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     if !MEMORY {
         cpu.wait_x87()?;
@@ -286,8 +290,9 @@ fn to_doubles<S: Source, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
 fn to_integers<F: Float, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.wait_x87()?;
     let b = S::get(cpu, op)?;
-    let value = cpu.float::<F>(V::default(), b)?.bits() as u64;
+    // The stack is MMX's even if a floating-point exception comes now.
     cpu.fpu.start_mmx();
+    let value = cpu.float::<F>(V::default(), b)?.bits() as u64;
     cpu.fpu.set_mm(op.reg, value);
     Ok(())
 }
@@ -330,7 +335,7 @@ pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
     let memory = insn.op1_kind() == OpKind::Memory;
     match insn.mnemonic() {
         Mnemonic::Cvtpi2pd if memory => return Some(to_doubles::<M64, true>),
-        Mnemonic::Cvtpi2ps if memory => return Some(to_singles::<M64>),
+        Mnemonic::Cvtpi2ps if memory => return Some(to_singles::<M64, true>),
         _ => {}
     }
     if !(0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm()) {
@@ -351,7 +356,7 @@ pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Maskmovq => masked_store,
         Mnemonic::Movq2dq => to_vector,
         Mnemonic::Movdq2q => from_vector,
-        Mnemonic::Cvtpi2ps => to_singles::<Mmx>,
+        Mnemonic::Cvtpi2ps => to_singles::<Mmx, false>,
         Mnemonic::Cvtpi2pd => to_doubles::<Mmx, false>,
         Mnemonic::Cvtps2pi if memory => to_integers::<Cvtps2dq, M64>,
         Mnemonic::Cvtps2pi => to_integers::<Cvtps2dq, LowHalf>,

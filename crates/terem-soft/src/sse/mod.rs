@@ -11,6 +11,11 @@ mod moves;
 mod strings;
 mod vector;
 
+#[cfg(test)]
+pub(crate) mod oracle;
+#[cfg(test)]
+mod tests;
+
 use iced_x86::Instruction;
 use terem_cpu::FeatureSet;
 use terem_cpu::FEATURES;

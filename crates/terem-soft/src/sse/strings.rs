@@ -20,7 +20,7 @@ struct Found {
     of: u8,
 }
 
-/// A line: name, the host's instruction. The lengths (RAX, RDX) count for the explicit forms only.
+/// A line: name, the host's instruction (the assembler has no name for those with REX.W). The lengths (RAX, RDX) count for the explicit forms only.
 macro_rules! string_table {
     ($($name:ident $host:literal;)*) => { $(
         #[inline(never)]
@@ -38,7 +38,7 @@ macro_rules! string_table {
                     "2:",
                     ".set .Lterem_immediate, 0",
                     ".rept 256",
-                    concat!($host, " $.Lterem_immediate, %xmm2, %xmm1"),
+                    $host,
                     "jmp 3f",
                     ".balign 16",
                     ".set .Lterem_immediate, .Lterem_immediate + 1",
@@ -58,12 +58,12 @@ macro_rules! string_table {
 }
 
 string_table! {
-    pcmpestri "pcmpestri";
-    pcmpestri_64 "pcmpestriq";
-    pcmpestrm "pcmpestrm";
-    pcmpestrm_64 "pcmpestrmq";
-    pcmpistri "pcmpistri";
-    pcmpistrm "pcmpistrm";
+    pcmpestri "pcmpestri $.Lterem_immediate, %xmm2, %xmm1";
+    pcmpestri_64 ".byte 0x66, 0x48, 0x0f, 0x3a, 0x61, 0xca, .Lterem_immediate";
+    pcmpestrm "pcmpestrm $.Lterem_immediate, %xmm2, %xmm1";
+    pcmpestrm_64 ".byte 0x66, 0x48, 0x0f, 0x3a, 0x60, 0xca, .Lterem_immediate";
+    pcmpistri "pcmpistri $.Lterem_immediate, %xmm2, %xmm1";
+    pcmpistrm "pcmpistrm $.Lterem_immediate, %xmm2, %xmm1";
 }
 
 /// What tells the six apart.

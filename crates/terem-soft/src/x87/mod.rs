@@ -8,14 +8,15 @@ mod control;
 mod native;
 mod state;
 
+#[cfg(test)]
+mod tests;
+
 use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpKind};
 
 use crate::cpu::{Cpu, cr0};
 use crate::decode::Mode;
 use crate::fault::{Exec, Fault};
 use crate::op::{Handler, Op};
-
-pub use state::AreaError;
 
 /// ES and B of the status word: they follow from flags and masks, so [`Fpu::status`] has them clear.
 const SUMMARY: u16 = 0x8080;

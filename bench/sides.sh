@@ -1,0 +1,44 @@
+# shellcheck shell=bash
+# sides.sh: the two programs that are compared, started with the same machine. Sourced by the benchmarks.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+TEREM=${TEREM:-${CARGO_TARGET_DIR:-$ROOT/target}/release/terem}
+# shellcheck disable=SC2034 # for the scripts that source this
+SIDES='terem qemu'
+
+say() { echo "bench/${0##*/}: $*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+# need PROGRAM...: is it there?
+need() {
+  local program
+  for program in "$@"; do command -v "$program" >/dev/null || die "no $program: run guest/setup --test and cargo build --release"; done
+}
+
+# side NAME KERNEL INITRD CMDLINE CPUS MIB: sets the array `command`. Guest memory is in a memfd on both sides, so that
+# it can be told from the program's own.
+side() {
+  case $1 in
+    terem)
+      command=("$TEREM" run --name "bench-$$" --cpus "$5" --memory "${6}M" --net none
+        --kernel "$2" --initrd "$3" --cmdline "$4")
+      ;;
+    qemu)
+      command=(qemu-system-x86_64 -accel "tcg,thread=multi" -cpu max -machine q35,memory-backend=ram
+        -object "memory-backend-memfd,id=ram,size=${6}M" -m "${6}M" -smp "$5" -nodefaults -display none
+        -no-reboot -serial stdio -device virtio-rng-pci -kernel "$2" -initrd "$3" -append "$4")
+      ;;
+  esac
+}
+
+# median NUMBER...
+median() {
+  printf '%s\n' "$@" | sort -n | awk '{a[NR] = $1} END {print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2}'
+}
+
+# What the numbers were measured on, as a JSON object.
+machine_json() {
+  printf '{"cpu": "%s", "cpus": %d, "kernel": "%s", "qemu": "%s", "terem": "%s"}' \
+    "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -1)" "$(nproc)" "$(uname -r)" \
+    "$(qemu-system-x86_64 --version | sed -n '1s/.*version \([^ ]*\).*/\1/p')" "$("$TEREM" --version | head -1)"
+}

@@ -1,0 +1,62 @@
+//! Checking an image's consistency.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::chain::ImageFile;
+use crate::qcow2::{Header, Tables, check_image};
+use crate::{Format, OpenError};
+
+/// Most messages in a report; the number of errors goes on.
+const MAX_MESSAGES: usize = 50;
+
+/// What a check found. Numbers are of clusters unless said otherwise.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CheckReport {
+    /// Contradictions that can lose data. An image with one must not be written.
+    pub errors: u64,
+    /// Clusters that are counted as used more often than they are: lost space, nothing worse.
+    pub leaks: u64,
+    /// Clusters of the disk that have data in the image.
+    pub allocated_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// Clusters of the disk.
+    pub total_clusters: u64,
+    /// End of the last used cluster, in bytes.
+    pub image_end: u64,
+    /// What the errors are, the first fifty.
+    pub messages: Vec<String>,
+}
+
+impl CheckReport {
+    pub(crate) fn error(&mut self, message: String) {
+        self.errors += 1;
+        if self.messages.len() < MAX_MESSAGES {
+            self.messages.push(message);
+        }
+    }
+
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.errors == 0 && self.leaks == 0
+    }
+}
+
+/// Checks the qcow2 image at `path` without changing it. A raw image has nothing that could be wrong.
+///
+/// # Errors
+/// [`OpenError`] when it cannot be opened or read, or is being written by another process.
+pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
+    let image = ImageFile::open(path.as_ref(), false, true, &mut Vec::new())?;
+    match image.format(format)? {
+        Format::Raw => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
+        Format::Qcow2 => {
+            let header = Header::read(&image)?;
+            check_image(&image, &Tables::read(&image, header)?)
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Facts about an image, without opening it as a disk.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::chain::ImageFile;
+use crate::qcow2::{Compression, Header, Tables};
+use crate::{Format, OpenError};
+
+/// Facts about an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// The path as given.
+    pub filename: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// Bytes that the image takes on the host.
+    pub actual_size: u64,
+    /// What only qcow2 images have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qcow2: Option<Qcow2Info>,
+}
+
+/// Facts about a qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Qcow2Info {
+    /// Format version: 2 or 3.
+    pub version: u32,
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// Bits of a reference count.
+    pub refcount_bits: u32,
+    /// Method of compressed clusters: `zlib` or `zstd`.
+    pub compression_type: &'static str,
+    /// Whether reference counts may be behind while it is open.
+    pub lazy_refcounts: bool,
+    /// Whether it was not closed properly with lazy reference counts.
+    pub dirty: bool,
+    /// Whether damage was found; it can only be read.
+    pub corrupt: bool,
+    /// Its backing file as written in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    /// The backing file's format as written in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_format: Option<String>,
+    /// Its internal snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
+}
+
+/// An internal snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotInfo {
+    /// Unique id.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// When it was taken, in seconds since 1970.
+    pub date: u32,
+    /// Bytes of saved machine state.
+    pub vm_state_size: u64,
+    /// Bytes of the disk at that time.
+    pub virtual_size: u64,
+}
+
+/// Tells about the image at `path`. It takes no lock, so it also works while the image is in use; the
+/// answer is then that of a moment.
+///
+/// # Errors
+/// [`OpenError`] when it cannot be read or is damaged.
+pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo, OpenError> {
+    let path = path.as_ref();
+    let image = ImageFile::open(path, false, false, &mut Vec::new())?;
+    let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
+    let format = image.format(format)?;
+    let (virtual_size, qcow2) = match format {
+        Format::Raw => (image.len(), None),
+        Format::Qcow2 => {
+            let tables = Tables::read(&image, Header::read(&image)?)?;
+            (tables.header().size, Some(qcow2_info(&tables)))
+        }
+    };
+    let actual_size = meta.blocks() * 512;
+    Ok(ImageInfo { filename: path.to_owned(), format, virtual_size, actual_size, qcow2 })
+}
+
+fn qcow2_info(tables: &Tables) -> Qcow2Info {
+    let header = tables.header();
+    Qcow2Info {
+        version: header.version,
+        cluster_size: header.cluster_size(),
+        refcount_bits: 1 << header.refcount_order,
+        compression_type: match header.compression {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        },
+        lazy_refcounts: header.has_lazy_refcounts(),
+        dirty: header.is_dirty(),
+        corrupt: header.is_corrupt(),
+        backing_filename: header.backing.clone(),
+        backing_format: header.backing_format.clone(),
+        snapshots: tables
+            .snapshots()
+            .iter()
+            .map(|s| SnapshotInfo {
+                id: s.id.clone(),
+                name: s.name.clone(),
+                date: s.date,
+                vm_state_size: s.vm_state_size,
+                virtual_size: s.disk_size,
+            })
+            .collect(),
+    }
+}

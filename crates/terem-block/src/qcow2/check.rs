@@ -1,0 +1,246 @@
+//! Counts all references of an image, and compares them with what its refcounts say.
+
+use std::collections::HashSet;
+
+use super::entry::{COPIED, Mapping, OFFSET};
+use super::header::{BITMAPS, be32, be64};
+use super::refcount::RefcountFormat;
+use super::tables::{Tables, read_table};
+use crate::OpenError;
+use crate::chain::ImageFile;
+use crate::check::CheckReport;
+
+/// Most clusters of a file that is checked; bounds memory to 1 GiB.
+const MAX_CLUSTERS: u64 = 1 << 27;
+/// Most bitmaps (`QCOW2_MAX_BITMAPS` of QEMU) and bytes of their directory.
+const MAX_BITMAPS: u32 = 65535;
+const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
+/// Most bytes of one bitmap's table.
+const MAX_BITMAP_TABLE: u64 = 64 << 20;
+
+/// References of each host cluster.
+pub(super) struct References {
+    cluster_bits: u32,
+    pub(super) counts: Vec<u32>,
+    pub(super) report: CheckReport,
+}
+
+/// Checks a qcow2 image's consistency without changing it.
+pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckReport, OpenError> {
+    let mut references = References::count(image, tables)?;
+    references.count_refcount_structures(image, tables);
+    let stored = stored_counts(image, tables, references.counts.len())?;
+    let mut report = references.report;
+    for (cluster, (&stored, &counted)) in stored.iter().zip(&references.counts).enumerate() {
+        if stored < counted {
+            report.error(format!("cluster {cluster:#x} has refcount {stored}, and {counted} references"));
+        } else if stored > counted {
+            report.leaks += 1;
+        }
+        if counted > 0 {
+            report.image_end = (cluster as u64 + 1) << tables.header.cluster_bits;
+        }
+    }
+    check_copied(image, tables, &stored, &mut report)?;
+    Ok(report)
+}
+
+impl References {
+    /// Counts the references of all structures but the refcounts' own.
+    ///
+    /// # Errors
+    /// [`OpenError`] when the image cannot be read; what is wrong in it is in the report.
+    pub(super) fn count(image: &ImageFile, tables: &Tables) -> Result<Self, OpenError> {
+        let header = &tables.header;
+        let clusters = image.len().div_ceil(header.cluster_size());
+        if clusters > MAX_CLUSTERS {
+            let what = format!("{clusters} clusters are too many to check");
+            return Err(OpenError::Limit { path: image.path().to_owned(), what });
+        }
+        let report = CheckReport {
+            total_clusters: header.size.div_ceil(header.cluster_size()),
+            ..CheckReport::default()
+        };
+        let counts = vec![0; usize::try_from(clusters).unwrap_or(0)];
+        let mut this = Self { cluster_bits: header.cluster_bits, counts, report };
+        this.add(0, header.cluster_size(), "the header");
+        this.count_tree(image, tables, header.l1_offset, &tables.l1, true)?;
+        for snapshot in &tables.snapshots {
+            let bytes = u64::from(snapshot.l1_size) * 8;
+            let l1 = read_table(image, snapshot.l1_offset, bytes, "a snapshot's L1 table")?;
+            this.count_tree(image, tables, snapshot.l1_offset, &l1, false)?;
+        }
+        this.add(header.snapshots_offset, tables.snapshot_bytes, "the snapshot table");
+        if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & BITMAPS != 0) {
+            this.count_bitmaps(image, bitmaps)?;
+        }
+        Ok(this)
+    }
+
+    fn add(&mut self, offset: u64, bytes: u64, what: &str) {
+        if bytes == 0 {
+            return;
+        }
+        let last = offset.saturating_add(bytes - 1) >> self.cluster_bits;
+        for cluster in offset >> self.cluster_bits..=last {
+            match usize::try_from(cluster).ok().and_then(|c| self.counts.get_mut(c)) {
+                Some(count) => *count = count.saturating_add(1),
+                None => {
+                    self.report.error(format!("{what} at {offset:#x} is beyond the end of the file"));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Counts an L1 table, its L2 tables and what they refer to.
+    fn count_tree(
+        &mut self,
+        image: &ImageFile,
+        tables: &Tables,
+        offset: u64,
+        l1: &[u64],
+        active: bool,
+    ) -> Result<(), OpenError> {
+        let (bits, cluster) = (self.cluster_bits, tables.header.cluster_size());
+        self.add(offset, l1.len() as u64 * 8, "an L1 table");
+        let mut seen = HashSet::new();
+        for l2_offset in l1.iter().map(|e| e & OFFSET).filter(|&o| o != 0) {
+            if !l2_offset.is_multiple_of(cluster) || l2_offset + cluster > image.len() {
+                self.report.error(format!("an L1 entry refers to {l2_offset:#x}"));
+                continue;
+            }
+            self.add(l2_offset, cluster, "an L2 table");
+            if !seen.insert(l2_offset) {
+                self.report.error(format!("two L1 entries refer to {l2_offset:#x}"));
+                continue;
+            }
+            for entry in read_table(image, l2_offset, cluster, "an L2 table")? {
+                let mapping = match Mapping::decode(entry, bits, tables.header.version) {
+                    Ok(mapping) => mapping,
+                    Err(what) => {
+                        self.report.error(what);
+                        continue;
+                    }
+                };
+                match mapping {
+                    Mapping::Unallocated | Mapping::Zero { host: None, .. } => continue,
+                    Mapping::Compressed { host, length } => {
+                        self.report.compressed_clusters += u64::from(active);
+                        self.add(
+                            host,
+                            length.min(image.len().saturating_sub(host).max(1)),
+                            "a compressed cluster",
+                        );
+                    }
+                    Mapping::Zero { host: Some(host), .. } | Mapping::Data { host, .. } => {
+                        self.add(host, cluster, "a data cluster");
+                    }
+                }
+                self.report.allocated_clusters += u64::from(active);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the bitmaps (specification, "Bitmaps").
+    fn count_bitmaps(&mut self, image: &ImageFile, bitmaps: (u64, u64, u32)) -> Result<(), OpenError> {
+        let (offset, bytes, number) = bitmaps;
+        if number > MAX_BITMAPS || bytes > MAX_BITMAP_DIRECTORY {
+            self.report.error(format!("a directory of {number} bitmaps in {bytes} bytes"));
+            return Ok(());
+        }
+        self.add(offset, bytes, "the bitmap directory");
+        let directory = image.read(offset, bytes, "the bitmap directory")?;
+        let mut at = 0;
+        for _ in 0..number {
+            let Some(entry) = directory.get(at..).filter(|rest| rest.len() >= 24) else {
+                self.report.error("the bitmap directory is cut short".into());
+                break;
+            };
+            let (table, size) = (be64(entry, 0), u64::from(be32(entry, 8)));
+            let (name, extra) = (be32(entry, 16) & 0xffff, be32(entry, 20));
+            at += (24 + name as usize + extra as usize).next_multiple_of(8);
+            if size * 8 > MAX_BITMAP_TABLE {
+                self.report.error(format!("a bitmap table of {size} entries"));
+                continue;
+            }
+            self.add(table, size * 8, "a bitmap table");
+            for entry in read_table(image, table, size * 8, "a bitmap table")? {
+                if entry & OFFSET != 0 {
+                    self.add(entry & OFFSET, 1 << self.cluster_bits, "a bitmap's cluster");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count_refcount_structures(&mut self, image: &ImageFile, tables: &Tables) {
+        let cluster = tables.header.cluster_size();
+        self.add(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, "the refcount table");
+        for block in tables.reftable.iter().map(|e| e & OFFSET).filter(|&b| b != 0) {
+            if !block.is_multiple_of(cluster) || block + cluster > image.len() {
+                self.report.error(format!("a refcount table entry refers to {block:#x}"));
+            } else {
+                self.add(block, cluster, "a refcount block");
+            }
+        }
+    }
+}
+
+/// The refcounts as stored, of `clusters` clusters.
+fn stored_counts(image: &ImageFile, tables: &Tables, clusters: usize) -> Result<Vec<u32>, OpenError> {
+    let cluster = tables.header.cluster_size();
+    let format = RefcountFormat::new(tables.header.refcount_order, tables.header.cluster_bits);
+    let per_block = usize::try_from(format.per_block()).unwrap_or(usize::MAX);
+    let mut stored = vec![0; clusters];
+    for (part, entry) in stored.chunks_mut(per_block).zip(&tables.reftable) {
+        let offset = entry & OFFSET;
+        if offset == 0 || !offset.is_multiple_of(cluster) || offset + cluster > image.len() {
+            continue;
+        }
+        let block = image.read(offset, cluster, "a refcount block")?;
+        for (i, count) in part.iter_mut().enumerate() {
+            *count = u32::try_from(format.get(&block, i)).unwrap_or(u32::MAX);
+        }
+    }
+    Ok(stored)
+}
+
+/// "Copied" must be set exactly where the refcount is one, in the active tables.
+fn check_copied(
+    image: &ImageFile,
+    tables: &Tables,
+    stored: &[u32],
+    report: &mut CheckReport,
+) -> Result<(), OpenError> {
+    let bits = tables.header.cluster_bits;
+    let cluster = tables.header.cluster_size();
+    let count = |offset: u64| usize::try_from(offset >> bits).ok().and_then(|c| stored.get(c).copied());
+    let mut seen = HashSet::new();
+    for &entry in &tables.l1 {
+        let l2 = entry & OFFSET;
+        if l2 == 0 || !l2.is_multiple_of(cluster) || l2 + cluster > image.len() || !seen.insert(l2) {
+            continue;
+        }
+        if (entry & COPIED != 0) != (count(l2) == Some(1)) {
+            report.error(format!("an L1 entry's copied flag is wrong for {l2:#x}"));
+        }
+        for entry in read_table(image, l2, cluster, "an L2 table")? {
+            let (host, copied) = match Mapping::decode(entry, bits, tables.header.version) {
+                Ok(Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied }) => {
+                    (host, copied)
+                }
+                Ok(Mapping::Compressed { .. }) if entry & COPIED != 0 => {
+                    report.error("a compressed cluster has the copied flag".into());
+                    continue;
+                }
+                _ => continue,
+            };
+            if copied != (count(host) == Some(1)) {
+                report.error(format!("an L2 entry's copied flag is wrong for {host:#x}"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! What must be equal, and how a difference is told.
+
+use std::fmt::Write as _;
+
+use iced_x86::{Decoder, DecoderOptions, Instruction};
+
+use super::case::{CODE, Case, DATA, END, Outcome};
+
+const NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+];
+/// Arithmetic flags and DF.
+const FLAGS: u64 = 0xcd5;
+/// Vector of a page fault.
+const PAGE_FAULT: u32 = 14;
+
+/// What differs, a line each.
+pub(super) fn differences(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Vec<String> {
+    let mut out = Vec::new();
+    let mut check = |what: &str, a: u64, b: u64| {
+        if a != b {
+            out.push(format!("{what}: host {a:#x}, ours {b:#x}"));
+        }
+    };
+    check("vector", u64::from(host.vector), u64::from(ours.vector));
+    if host.vector == ours.vector {
+        if host.vector == PAGE_FAULT {
+            check("cr2", host.cr2, ours.cr2);
+            // The kernel says "present" of all its own addresses.
+            let mask = if host.cr2 >> 63 != 0 { !1 } else { !0 };
+            check("error code", u64::from(host.code) & mask, u64::from(ours.code) & mask);
+        }
+        let end = u64::from(host.vector == END);
+        check("rip", host.rip, ours.rip + end);
+    }
+    for (i, name) in NAMES.iter().enumerate() {
+        check(name, host.gpr[i], ours.gpr[i]);
+    }
+    let mask = if strict { FLAGS } else { FLAGS & !case.undefined };
+    check("flags", host.rflags & mask, ours.rflags & mask);
+    fx_differences(host, ours, &mut check);
+    for at in (0..host.data.len()).step_by(8) {
+        let word = |o: &Outcome| u64::from_le_bytes(std::array::from_fn(|i| o.data[at + i]));
+        check(&format!("[{:#x}]", DATA + at as u64), word(host), word(ours));
+    }
+    out.truncate(24);
+    out
+}
+
+fn fx_differences(host: &Outcome, ours: &Outcome, check: &mut impl FnMut(&str, u64, u64)) {
+    let (a, b) = (&host.fx.0, &ours.fx.0);
+    let number = |bytes: &[u8; 512], at: usize, len: usize| {
+        bytes[at..at + len].iter().rev().fold(0_u64, |n, x| n << 8 | u64::from(*x))
+    };
+    // The last instruction's opcode and pointers (6–23) are not compared.
+    for (what, at, len) in [("fcw", 0, 2), ("fsw", 2, 2), ("ftw", 4, 1), ("mxcsr", 24, 4)] {
+        check(what, number(a, at, len), number(b, at, len));
+    }
+    for i in 0..8 {
+        let at = 32 + i * 16;
+        check(&format!("st{i}"), number(a, at, 8), number(b, at, 8));
+        check(&format!("st{i} exponent"), number(a, at + 8, 2), number(b, at + 8, 2));
+    }
+    for i in 0..16 {
+        let at = 160 + i * 16;
+        check(&format!("xmm{i} low"), number(a, at, 8), number(b, at, 8));
+        check(&format!("xmm{i} high"), number(a, at + 8, 8), number(b, at + 8, 8));
+    }
+}
+
+fn instructions(case: &Case) -> Vec<Instruction> {
+    let options = DecoderOptions::NO_MPFX_0FBC;
+    Decoder::with_ip(64, &case.code[..case.len], CODE, options).iter().collect()
+}
+
+/// What a failure is counted under.
+pub(super) fn name(case: &Case) -> String {
+    let all = instructions(case);
+    match all.as_slice() {
+        [one] => format!("{:?}", one.code()),
+        _ => "(a sequence)".into(),
+    }
+}
+
+/// A failing case in full.
+pub(super) fn report(case: &Case, differences: &[String]) -> String {
+    let mut text = format!("\n--- ORACLE_SEED={} ORACLE_CASES=1\n", case.seed);
+    for insn in instructions(case) {
+        let at = (insn.ip() - CODE) as usize;
+        let bytes = &case.code[at..at + insn.len()];
+        let _ = writeln!(text, "  {:#x}: {bytes:02x?} {:?} {}", insn.ip(), insn.code(), operands(&insn));
+    }
+    for (name, value) in NAMES.iter().zip(case.gpr) {
+        let _ = write!(text, "  {name}={value:#x}");
+    }
+    let word = |at: usize, len: usize| case.fx.0[at..at + len].iter().rev().fold(0_u64, |n, b| n << 8 | u64::from(*b));
+    let _ = writeln!(
+        text,
+        "\n  rflags={:#x} fcw={:#x} fsw={:#x} ftw={:#x} mxcsr={:#x}",
+        case.rflags,
+        word(0, 2),
+        word(2, 2),
+        word(4, 1),
+        word(24, 4)
+    );
+    for d in differences {
+        let _ = writeln!(text, "    {d}");
+    }
+    text
+}
+
+fn operands(insn: &Instruction) -> String {
+    let mut text = String::new();
+    iced_x86::FastFormatter::new().format(insn, &mut text);
+    text
+}

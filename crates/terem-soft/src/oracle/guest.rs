@@ -1,0 +1,129 @@
+//! The interpreter's side: a vCPU in 64-bit user mode with the same pages.
+
+use std::sync::Arc;
+
+use terem_bus::{Bus, Clock};
+use terem_cpu::{CpuModel, Segment, Topology, VcpuState, XSAVE_SIZE};
+use terem_memory::{GuestMemory, RamRange};
+
+use super::case::{CODE, Case, DATA, DATA_LEN, END, FxArea, Outcome, READ_ONLY, fill};
+use crate::cpu::{Cpu, cr0, cr4, efer};
+use crate::decode::decode;
+use crate::op::IP_REG;
+use crate::{SoftAccelerator, SoftConfig};
+
+const PRESENT_USER: u64 = 5;
+const WRITABLE: u64 = 2;
+/// Physical addresses of the pages.
+const CODE_PAGE: usize = 0x10000;
+const DATA_PAGES: usize = 0x11000;
+const READ_ONLY_PAGE: usize = 0x14000;
+/// Rounds of one instruction before it is taken to be endless.
+const PATIENCE: usize = 1_000_000;
+
+/// A vCPU for experiments.
+pub(crate) struct Guest {
+    pub(super) cpu: Box<Cpu>,
+}
+
+impl Guest {
+    pub(super) fn new() -> Self {
+        let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
+        let model = CpuModel::find("max", &[])
+            .or_else(|_| CpuModel::find("terem64", &[]))
+            .unwrap();
+        let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40 };
+        let bus = Arc::new(Bus::new(Clock::manual()));
+        let cpu = SoftAccelerator::new(bus, memory, config).unwrap().make(0).unwrap();
+        let mut guest = Self { cpu };
+        guest.long_mode();
+        guest
+    }
+
+    /// Physical memory.
+    pub(super) fn ram(&mut self) -> &mut [u8] {
+        // SAFETY: 1 MiB of RAM at 0, and nobody else has this vCPU or its memory.
+        unsafe { std::slice::from_raw_parts_mut(self.cpu.memory.window_base(), 1 << 20) }
+    }
+
+    fn long_mode(&mut self) {
+        let table = |address: u64, level: u32| (address >> (12 + 9 * level) & 0x1ff) as usize * 8;
+        let user = PRESENT_USER | WRITABLE | 0x60; // accessed and dirty, so that no walk writes
+        let mut entries = vec![
+            (0x1000 + table(CODE, 3), 0x2000 | user),
+            (0x2000 + table(CODE, 2), 0x3000 | user),
+            (0x3000 + table(CODE, 1), 0x4000 | user),
+            (0x3000 + table(DATA, 1), 0x5000 | user),
+            (0x4000 + table(CODE, 0), CODE_PAGE as u64 | PRESENT_USER | 0x60),
+            (0x5000 + table(READ_ONLY, 0), READ_ONLY_PAGE as u64 | PRESENT_USER | 0x60),
+        ];
+        for page in (0..DATA_LEN).step_by(0x1000) {
+            entries.push((0x5000 + table(DATA + page as u64, 0), (DATA_PAGES + page) as u64 | user));
+        }
+        let ram = self.ram();
+        for (at, entry) in entries {
+            ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+        }
+        ram[CODE_PAGE..CODE_PAGE + 0x1000].fill(0xcc);
+        fill(0, &mut ram[READ_ONLY_PAGE..READ_ONLY_PAGE + 0x1000]);
+        let cpu = &mut self.cpu;
+        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
+        cpu.cr3 = 0x1000;
+        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+        cpu.msrs.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
+        let ring3 = 3 << 5;
+        for s in &mut cpu.segments {
+            *s = Segment::flat(0x2b, false, false);
+            s.access |= ring3;
+        }
+        cpu.segments[VcpuState::CS] = Segment::flat(0x33, true, true);
+        cpu.segments[VcpuState::CS].access |= ring3;
+        cpu.cpl = 3;
+        cpu.flush_tlb();
+        cpu.refresh_mode();
+    }
+
+    /// Runs a case.
+    pub(super) fn run(&mut self, case: &Case) -> Outcome {
+        let ram = self.ram();
+        fill(case.seed, &mut ram[DATA_PAGES..DATA_PAGES + DATA_LEN]);
+        ram[CODE_PAGE..CODE_PAGE + case.code.len()].fill(0xcc);
+        ram[CODE_PAGE..CODE_PAGE + case.len].copy_from_slice(&case.code[..case.len]);
+        let cpu = &mut self.cpu;
+        cpu.gpr[..16].copy_from_slice(&case.gpr);
+        cpu.set_rflags(case.rflags);
+        load_fx(cpu, &case.fx);
+        let mut outcome = Outcome { vector: END, ..Outcome::NONE };
+        let mut rip = CODE;
+        for _ in 0..PATIENCE {
+            let at = rip.wrapping_sub(CODE);
+            if at as usize >= case.len {
+                break;
+            }
+            let decoded = decode(&case.code[at as usize..], at as u16, cpu.mode, &cpu.instruction_set);
+            let (op, _) = decoded.expect("the case ends within its code");
+            cpu.gpr[usize::from(IP_REG)] = CODE;
+            cpu.rip = CODE + u64::from(op.next);
+            if let Err(fault) = (op.run)(cpu, &op) {
+                outcome.vector = u32::from(fault.vector);
+                outcome.code = fault.code;
+                outcome.cr2 = cpu.cr2;
+                break;
+            }
+            rip = cpu.rip;
+        }
+        outcome.rip = rip;
+        outcome.gpr.copy_from_slice(&cpu.gpr[..16]);
+        outcome.rflags = cpu.rflags();
+        outcome.fx.0.copy_from_slice(&cpu.save_xsave()[..512]);
+        outcome.data.copy_from_slice(&self.ram()[DATA_PAGES..DATA_PAGES + DATA_LEN]);
+        outcome
+    }
+}
+
+fn load_fx(cpu: &mut Cpu, fx: &FxArea) {
+    let mut area = vec![0; XSAVE_SIZE];
+    area[..512].copy_from_slice(&fx.0);
+    area[512] = 3;
+    cpu.load_xsave(&area).expect("a case's FXSAVE area is valid");
+}

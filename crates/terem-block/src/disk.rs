@@ -258,14 +258,25 @@ fn io_thread(
     };
     let facts = DiskFacts { path, format: node.format(), backing: node.backing_paths(), aio: engine.kind() };
     let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
+    let _closed = CloseAtEnd(shared);
     let executor = Executor::new(Rc::clone(&engine));
     let node = Rc::new(node);
-    let result = executor.block_on(serve(&engine, &executor, &node, shared));
-    shared.inbox().closed = true;
-    // Whatever is still there is completed as Closed by being dropped.
-    let left = std::mem::take(&mut shared.inbox().requests);
-    drop(left);
-    result.unwrap_or_else(|error| Err(error.into()))
+    let served = executor.block_on(serve(&engine, &executor, &node, shared));
+    served.unwrap_or_else(|error| Err(error.into()))
+}
+
+/// Whichever way the I/O thread ends: nobody waits for an answer that cannot come any more.
+struct CloseAtEnd<'a>(&'a Shared);
+
+impl Drop for CloseAtEnd<'_> {
+    fn drop(&mut self) {
+        let mut inbox = self.0.inbox();
+        inbox.closed = true;
+        let left = std::mem::take(&mut inbox.requests);
+        drop(inbox);
+        // Their completions say Closed.
+        drop(left);
+    }
 }
 
 /// Takes requests until the disk is closed and all of them have ended; then closes the image.

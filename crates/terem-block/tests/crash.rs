@@ -20,7 +20,7 @@ const BATCH: u64 = 5;
 /// Request `n` of the child: offset, length, value (0: write-zeroes).
 fn request(n: u64) -> (u64, u64, u8) {
     let mut random = Random(n);
-    let length = SECTOR * (1 + random.below(if n % 4 == 0 { 300 } else { 10 }));
+    let length = SECTOR * (1 + random.below(if n.is_multiple_of(4) { 300 } else { 10 }));
     let offset = SECTOR * random.below((SIZE - length) / SECTOR);
     (offset, length, if random.below(6) == 0 { 0 } else { (n % 250) as u8 + 1 })
 }

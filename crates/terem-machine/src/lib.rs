@@ -16,6 +16,7 @@
 pub mod acpi;
 pub mod board;
 pub mod boot;
+pub mod control;
 pub mod e820;
 pub mod plan;
 pub mod smbios;

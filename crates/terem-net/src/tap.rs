@@ -129,10 +129,8 @@ impl Tap {
     }
 
     fn set_up(device: OwnedFd, name: String, has_header: bool) -> Result<Self, TapError> {
-        let mtu = std::fs::read_to_string(format!("/sys/class/net/{name}/mtu"))
-            .ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(DEFAULT_MTU);
+        // An inherited tap may belong to another network namespace, where its name says nothing here.
+        let mtu = ioctl::name_bytes(&name).and_then(|raw| ioctl::mtu(raw).ok()).unwrap_or(DEFAULT_MTU);
         let set = || -> Result<(), Errno> {
             let flags = rustix::fs::fcntl_getfl(&device)?;
             rustix::fs::fcntl_setfl(&device, flags | rustix::fs::OFlags::NONBLOCK)?;

@@ -78,6 +78,7 @@ impl SoftAccelerator {
             cpl: 0,
             xmm: [Xmm::default(); 16],
             mxcsr: 0x1f80,
+            mxcsr_on_host: false,
             fpu: Fpu::default(),
             op_end: std::ptr::null(),
             window: self.memory.window_base() as u64,
@@ -192,7 +193,9 @@ impl Cpu {
 
 impl Vcpu for Cpu {
     fn run(&mut self) -> Stop {
-        Cpu::run(self)
+        let stop = Cpu::run(self);
+        tracing::debug!(vcpu = self.id, ?stop, stats = ?self.stats, "vCPU stopped");
+        stop
     }
 
     fn reset(&mut self) {

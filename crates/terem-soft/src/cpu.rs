@@ -105,8 +105,10 @@ pub struct Cpu {
 
     /// XMM registers.
     pub xmm: [Xmm; 16],
-    /// MXCSR.
+    /// MXCSR; while [`Self::mxcsr_on_host`], without the flags raised since: [`Self::guest_mxcsr`].
     pub mxcsr: u32,
+    /// The host's MXCSR collects the guest's flags.
+    pub(crate) mxcsr_on_host: bool,
     /// x87 and MMX.
     pub fpu: Fpu,
 

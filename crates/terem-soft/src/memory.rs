@@ -73,7 +73,7 @@ impl Cpu {
         if op.flags & CHECKED != 0 {
             return self.checked_linear(op.segment, offset, size, write);
         }
-        Ok(self.segment_base[usize::from(op.segment)].wrapping_add(offset))
+        Ok(self.segment_base[usize::from(op.segment & 7)].wrapping_add(offset))
     }
 
     /// Reads the memory operand.
@@ -250,7 +250,7 @@ impl Cpu {
         self.canonical(linear, size, segment)?;
         let physical = self.translate(linear, Access::Write)?;
         if 0x1000 - (linear & !PAGE_MASK) < size {
-            self.translate(self.wrap(linear.wrapping_add(size - 1)), Access::Write)?;
+            self.translate(self.wrap(linear.wrapping_add(size - 1) & PAGE_MASK), Access::Write)?;
             return Ok(None);
         }
         Ok(self.ram(physical))

@@ -168,6 +168,7 @@ impl Cpu {
     }
 
     /// The linear address of an access outside 64-bit mode, with limit and rights checked.
+    #[inline(never)]
     pub(crate) fn checked_linear(&self, index: u8, offset: u64, size: u64, write: bool) -> Exec<u64> {
         let i = usize::from(index);
         if i >= 6 {

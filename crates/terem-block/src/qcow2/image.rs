@@ -60,6 +60,10 @@ pub(crate) struct Qcow2 {
     /// One write-back at a time.
     pub(super) writing_back: RangeLock,
     starting: RangeLock,
+    /// Number of the flush that began last.
+    flushes_begun: Cell<u64>,
+    /// Number of the last flush that succeeded.
+    last_flush: Cell<u64>,
 
     /// Whether the first write has prepared the header.
     started: Cell<bool>,
@@ -92,6 +96,8 @@ impl Qcow2 {
             allocating: RangeLock::default(),
             writing_back: RangeLock::default(),
             starting: RangeLock::default(),
+            flushes_begun: Cell::new(0),
+            last_flush: Cell::new(0),
             started: Cell::new(false),
             corrupt: Cell::new(false),
             incompatible: Cell::new(header.incompatible),
@@ -185,7 +191,17 @@ impl Qcow2 {
         if self.file.is_read_only() {
             return Ok(());
         }
-        self.write_back(!self.lazy_refcounts(), true).await?;
+        let begun_before = self.flushes_begun.get();
+        {
+            let _one = self.writing_back.all().await;
+            // Of several that waited here, the first did it for all.
+            if self.last_flush.get() <= begun_before {
+                let this = begun_before.max(self.flushes_begun.get()) + 1;
+                self.flushes_begun.set(this);
+                self.write_back_locked(!self.lazy_refcounts(), true).await?;
+                self.last_flush.set(this);
+            }
+        }
         self.reclaim().await
     }
 

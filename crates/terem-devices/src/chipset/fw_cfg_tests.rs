@@ -74,7 +74,7 @@ fn dma_reads_skips_and_writes() {
 #[test]
 fn bad_items_are_refused() {
     let (mut f, _, _) = device();
-    let item = || Arc::new(vec![1]);
+    let item = || Arc::new(vec![1_u8]);
     assert!(matches!(f.add_file("", item()), Err(FwCfgError::Name(_))));
     assert!(matches!(f.add_file(&"x".repeat(56), item()), Err(FwCfgError::Name(_))));
     assert!(f.add_file(&"x".repeat(55), item()).is_ok());

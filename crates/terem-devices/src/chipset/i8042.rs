@@ -330,7 +330,8 @@ impl DeviceState for I8042 {
     }
 
     fn restore(&mut self, state: I8042State) -> Result<(), StateError> {
-        let I8042State { mode, out_port, command, last_was_command, output, replies, keyboard, mouse } = state;
+        let I8042State { mode, out_port, command, last_was_command, output, replies, keyboard, mouse } =
+            state;
         if replies.len() > 1 || !keyboard.is_valid() || !mouse.is_valid() {
             return Err(Self::invalid("more bytes than its buffers hold"));
         }

@@ -47,7 +47,13 @@ impl Lab {
     }
 
     fn keyboard(&self, bytes: &[u64]) -> Vec<u64> {
-        bytes.iter().flat_map(|&b| { self.data(b); self.bytes().0 }).collect()
+        bytes
+            .iter()
+            .flat_map(|&b| {
+                self.data(b);
+                self.bytes().0
+            })
+            .collect()
     }
 
     fn mouse(&self, bytes: &[u64]) -> Vec<u64> {

@@ -147,8 +147,9 @@ impl IoApic {
             IOAPICVER => VERSION,
             IOREDTBL..=IOREDTBL_LAST => {
                 let index = self.select - IOREDTBL;
-                let [a, b, c, d, e, f, g, h] = self.pins[usize::from(index / 2)].entry.into_bits().to_le_bytes();
-                u32::from_le_bytes(if index % 2 == 0 { [a, b, c, d] } else { [e, f, g, h] })
+                let [a, b, c, d, e, f, g, h] =
+                    self.pins[usize::from(index / 2)].entry.into_bits().to_le_bytes();
+                u32::from_le_bytes(if index.is_multiple_of(2) { [a, b, c, d] } else { [e, f, g, h] })
             }
             // Reserved registers read as zero.
             _ => 0,

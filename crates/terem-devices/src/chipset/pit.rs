@@ -128,7 +128,7 @@ impl Pit {
 
     fn read_port61(&self) -> u8 {
         let now = self.clock.now();
-        let refresh = if now / REFRESH_PERIOD % 2 != 0 { REFRESH } else { 0 };
+        let refresh = if (now / REFRESH_PERIOD).is_multiple_of(2) { 0 } else { REFRESH };
         let out = if self.counters[2].output(ticks(now)) { OUT2 } else { 0 };
         self.port61 | refresh | out
     }
@@ -162,7 +162,9 @@ impl Registers for Pit {
             self.write_control(value, now);
             return true;
         }
-        let Some(c) = usize::try_from(offset).ok().and_then(|i| self.counters.get_mut(i)) else { return false };
+        let Some(c) = usize::try_from(offset).ok().and_then(|i| self.counters.get_mut(i)) else {
+            return false;
+        };
         if c.write(value, now) && offset == 0 {
             self.follow(now);
         }

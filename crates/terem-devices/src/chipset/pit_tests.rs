@@ -63,12 +63,22 @@ fn mode_2_counts_down_and_round() {
     l.out(3, 0x34);
     l.out(0, 5);
     l.out(0, 0);
-    let seen: Vec<_> = (1..=11).map(|t| { l.to_tick(t); l.count(0) }).collect();
+    let seen: Vec<_> = (1..=11)
+        .map(|t| {
+            l.to_tick(t);
+            l.count(0)
+        })
+        .collect();
     assert_eq!(seen, [5, 4, 3, 2, 1, 5, 4, 3, 2, 1, 5]);
     // A new count waits for the period's end.
     l.out(0, 3);
     l.out(0, 0);
-    let seen: Vec<_> = (12..=18).map(|t| { l.to_tick(t); l.count(0) }).collect();
+    let seen: Vec<_> = (12..=18)
+        .map(|t| {
+            l.to_tick(t);
+            l.count(0)
+        })
+        .collect();
     assert_eq!(seen, [4, 3, 2, 1, 3, 2, 1]);
 }
 
@@ -92,7 +102,12 @@ fn mode_3_is_a_square_wave() {
     l.out(3, 0x36);
     l.out(0, 6);
     l.out(0, 0);
-    let seen: Vec<_> = (1..=7).map(|t| { l.to_tick(t); l.count(0) }).collect();
+    let seen: Vec<_> = (1..=7)
+        .map(|t| {
+            l.to_tick(t);
+            l.count(0)
+        })
+        .collect();
     assert_eq!(seen, [6, 4, 2, 6, 4, 2, 6], "by two");
 }
 
@@ -193,8 +208,12 @@ fn latches_status_and_bcd() {
 #[test]
 fn the_refresh_bit_toggles() {
     let l = Lab::new();
-    let seen: Vec<_> =
-        (0..4).map(|_| { l.clock.advance(15_085); l.port61.read(0, 1).unwrap() & 0x10 }).collect();
+    let seen: Vec<_> = (0..4)
+        .map(|_| {
+            l.clock.advance(15_085);
+            l.port61.read(0, 1).unwrap() & 0x10
+        })
+        .collect();
     assert_eq!(seen, [0x10, 0, 0x10, 0]);
 }
 

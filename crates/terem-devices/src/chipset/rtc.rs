@@ -55,6 +55,10 @@ const SECOND: i64 = 1_000_000_000;
 /// The update cycle: UIP is set this long before the second changes (datasheet, tBUC + tUC).
 const UPDATE_NS: i64 = 244_000 + 1_984_000;
 
+/// How far the virtual clock and the host's may part within a second (ns): an update interrupt that
+/// comes this much before the second changes belongs to it.
+const SLACK: i64 = 10_000_000;
+
 /// The host's wall clock: nanoseconds since 1970-01-01 00:00:00 UTC.
 pub type WallClock = Box<dyn Fn() -> i64 + Send>;
 
@@ -106,7 +110,17 @@ impl Rtc {
             cmos[usize::from(B)] = B_24_HOURS;
             cmos[usize::from(D)] = D_VALID;
             let (next_periodic, next_second) = (None, None);
-            Mutex::new(Self { irq, clock, timer, wall, index: [0; 2], cmos, offset: 0, next_periodic, next_second })
+            Mutex::new(Self {
+                irq,
+                clock,
+                timer,
+                wall,
+                index: [0; 2],
+                cmos,
+                offset: 0,
+                next_periodic,
+                next_second,
+            })
         })
     }
 
@@ -132,7 +146,7 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.binary() { value } else { value / 10 << 4 | value % 10 }
+        if self.binary() { value } else { (value / 10) << 4 | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -157,7 +171,12 @@ impl Rtc {
 
     /// Writes guest time into the time registers.
     fn latch_time(&mut self) {
-        let t = DateTime::from_unix(self.guest_time().div_euclid(SECOND));
+        self.latch(self.guest_time());
+    }
+
+    /// Writes `time` (ns) into the time registers.
+    fn latch(&mut self, time: i64) {
+        let t = DateTime::from_unix(time.div_euclid(SECOND));
         let century = u8::try_from(t.year / 100).unwrap_or(0);
         let year = u8::try_from(t.year % 100).unwrap_or(0);
         let registers = [
@@ -189,6 +208,7 @@ impl Rtc {
         };
         // Setting keeps the fraction of the second, as the datasheet's divider chain does.
         let fraction = self.guest_time().rem_euclid(SECOND);
+        self.next_second = None;
         let guest = t.to_unix().saturating_mul(SECOND).saturating_add(fraction);
         self.offset = guest.saturating_sub((self.wall)());
     }
@@ -223,8 +243,13 @@ impl Rtc {
         });
         let seconds = b & (B_ALARM | B_UPDATE) != 0 && !self.set() && self.oscillating();
         self.next_second = seconds.then(|| {
-            let left = SECOND - self.guest_time().rem_euclid(SECOND);
-            now.saturating_add(u64::try_from(left).unwrap_or(0))
+            // What is planned stays: when the second has just changed on the host's clock, the
+            // interrupt for it is still to come.
+            self.next_second.unwrap_or_else(|| {
+                let left = SECOND - self.guest_time().rem_euclid(SECOND);
+                let left = if left <= SLACK { left + SECOND } else { left };
+                now.saturating_add(u64::try_from(left).unwrap_or(0))
+            })
         });
         match self.next_periodic.into_iter().chain(self.next_second).min() {
             Some(at) => self.timer.arm(at),
@@ -240,6 +265,7 @@ impl Rtc {
         }
         if self.next_second.is_some_and(|at| at <= now) {
             flags |= B_UPDATE;
+            self.next_second = None;
             if self.alarm_matches() {
                 flags |= B_ALARM;
             }
@@ -250,7 +276,7 @@ impl Rtc {
     }
 
     fn alarm_matches(&mut self) -> bool {
-        self.latch_time();
+        self.latch(self.guest_time().saturating_add(SLACK));
         let pairs = [(SECONDS_ALARM, SECONDS), (MINUTES_ALARM, MINUTES), (HOURS_ALARM, HOURS)];
         pairs.into_iter().all(|(alarm, time)| {
             let alarm = self.register(alarm);
@@ -370,7 +396,8 @@ impl DeviceState for Rtc {
     type State = RtcState;
 
     fn save(&self) -> RtcState {
-        let Self { irq: _, clock, timer: _, wall: _, index, cmos, offset, next_periodic, next_second: _ } = self;
+        let Self { irq: _, clock, timer: _, wall: _, index, cmos, offset, next_periodic, next_second: _ } =
+            self;
         let periodic_in = next_periodic.map(|at| at.saturating_sub(clock.now()));
         RtcState { index: *index, cmos: cmos.to_vec(), offset: *offset, periodic_in }
     }
@@ -383,6 +410,7 @@ impl DeviceState for Rtc {
         self.offset = offset;
         self.cmos[usize::from(A)] &= !A_UIP;
         self.cmos[usize::from(D)] = D_VALID;
+        self.next_second = None;
         self.next_periodic = periodic_in.map(|ns| self.clock.now().saturating_add(ns));
         self.update_irq();
         self.plan();

@@ -66,7 +66,15 @@ fn the_time_in_all_its_forms() {
 fn setting_the_clock_is_an_offset() {
     let l = Lab::new();
     l.write(B, B_SET | B_24_HOURS);
-    for (r, v) in [(CENTURY, 0x19), (YEAR, 0x99), (MONTH, 0x12), (DAY, 0x31), (HOURS, 0x23), (MINUTES, 0x59), (SECONDS, 0x58)] {
+    for (r, v) in [
+        (CENTURY, 0x19),
+        (YEAR, 0x99),
+        (MONTH, 0x12),
+        (DAY, 0x31),
+        (HOURS, 0x23),
+        (MINUTES, 0x59),
+        (SECONDS, 0x58),
+    ] {
         l.write(r, v);
     }
     l.advance_ms(700);

@@ -275,7 +275,8 @@ impl ConfigSpace {
     /// The registers that a guest (or an error) can change: offset and value of each aligned dword.
     #[must_use]
     pub fn changeable(&self) -> Vec<(u16, u32)> {
-        let mask = |at: usize| self.writable[at..at + 4].iter().chain(&self.cleared[at..at + 4]).any(|&m| m != 0);
+        let mask =
+            |at: usize| self.writable[at..at + 4].iter().chain(&self.cleared[at..at + 4]).any(|&m| m != 0);
         (0..self.bytes.len())
             .step_by(4)
             .filter(|&at| mask(at))

@@ -380,7 +380,8 @@ impl PciFunction {
         }
     }
 
-    /// Goes on from a saved state: registers, BAR mappings, interrupts.
+    /// Goes on from a saved state: registers, BAR mappings, interrupts. Like a write, it calls the hook,
+    /// so not while the device is locked.
     ///
     /// # Errors
     /// [`StateError::Invalid`] when it is of a function with other interrupts.
@@ -409,7 +410,8 @@ impl PciFunction {
         Ok(())
     }
 
-    /// Back to after power-on: BARs unmapped, interrupts off, INTx low.
+    /// Back to after power-on: BARs unmapped, interrupts off, INTx low. Like a write, it calls the hook,
+    /// so not while the device is locked.
     pub fn reset_state(&self) {
         let _one_at_a_time = locked(&self.changes);
         {

@@ -48,9 +48,9 @@ const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
 
 /// Bytes of a request's header: type, reserved, sector.
-const HEADER: u64 = 16;
+const HEADER: usize = 16;
 /// Bytes of a discard or write-zeroes segment: sector, number of sectors, flags.
-const SEGMENT: u64 = 16;
+const SEGMENT: usize = 16;
 /// The flag of such a segment that lets the device deallocate.
 const SEGMENT_UNMAP: u32 = 1;
 /// Bytes of the device ID string (5.2.6).
@@ -61,13 +61,13 @@ const CONFIG_WRITEBACK: u64 = 32;
 
 /// A virtio block device.
 pub struct Blk {
-    shared: Arc<Shared>,
+    disk: Disk,
     queues: u16,
     id: [u8; ID_BYTES],
 }
 
-/// What completions need.
-struct Shared {
+/// A disk and how its driver uses it.
+struct Disk {
     backend: Arc<dyn BlockBackend>,
     geometry: Geometry,
     driver: Mutex<Driver>,
@@ -93,18 +93,18 @@ impl Blk {
         for (to, from) in bytes.iter_mut().zip(id.bytes()) {
             *to = from;
         }
-        let shared = Shared {
+        let disk = Disk {
             geometry: backend.geometry(),
             backend,
             driver: Mutex::new(INITIAL),
             write_through: AtomicBool::new(true),
         };
-        Self { shared: Arc::new(shared), queues: queues.max(1), id: bytes }
+        Self { disk, queues: queues.max(1), id: bytes }
     }
 
     fn handle(&self, chain: Chain, ticket: Ticket) {
         let Some((request, ticket)) = InFlight::new(chain, ticket) else { return };
-        self.shared.start(request, ticket, &self.id);
+        self.disk.start(request, ticket, &self.id);
     }
 }
 
@@ -123,7 +123,7 @@ impl InFlight {
     /// Parses a request. One without room for a status cannot be answered: the device fails.
     fn new(mut chain: Chain, ticket: Ticket) -> Option<(Self, Ticket)> {
         let queues = ticket.queues();
-        let mut header = [0; HEADER as usize];
+        let mut header = [0; HEADER];
         let read = chain.readable.read(queues.memory(), 0, &mut header);
         let Some(data) = chain.writable.len().checked_sub(1) else {
             queues.fail("a block request without a status byte");
@@ -138,7 +138,7 @@ impl InFlight {
         let request = Self {
             kind: u32::from_le_bytes([k0, k1, k2, k3]),
             sector: u64::from_le_bytes(sector),
-            from_driver: chain.readable.split_off(HEADER),
+            from_driver: chain.readable.split_off(HEADER as u64),
             to_driver: chain.writable,
             status,
         };
@@ -165,7 +165,7 @@ fn status_of(outcome: &Result<(), IoError>) -> u8 {
     }
 }
 
-impl Shared {
+impl Disk {
     fn has(&self, feature: u64) -> bool {
         locked(&self.driver).features & feature != 0
     }
@@ -177,7 +177,7 @@ impl Shared {
     }
 
     /// Answers a request at once, or gives it to the backend.
-    fn start(self: &Arc<Self>, request: InFlight, ticket: Ticket, id: &[u8; ID_BYTES]) {
+    fn start(&self, request: InFlight, ticket: Ticket, id: &[u8; ID_BYTES]) {
         let op = match request.kind {
             T_IN => self.transfer(&request, &ticket, false),
             T_OUT => self.transfer(&request, &ticket, true),
@@ -202,11 +202,11 @@ impl Shared {
         let status = request.status;
         let durable = matches!(op, Op::Write { .. } | Op::WriteZeroes { .. })
             && self.write_through.load(Ordering::Acquire);
-        let shared = Arc::clone(self);
+        let then_flush = durable.then(|| Arc::clone(&self.backend));
         self.backend.submit(Request::new(op, move |outcome| {
-            if durable && outcome.is_ok() {
+            if let (Some(backend), Ok(())) = (&then_flush, &outcome) {
                 let flush = move |outcome| finish(&status, ticket, status_of(&outcome), 0);
-                shared.backend.submit(Request::new(Op::Flush, flush));
+                backend.submit(Request::new(Op::Flush, flush));
             } else {
                 // What a failed read left in the guest's buffers is not to be relied on.
                 let data = if outcome.is_ok() { data } else { 0 };
@@ -229,9 +229,9 @@ impl Shared {
 
     /// A discard or write-zeroes request of one segment, as the configuration allows (5.2.6.2).
     fn segment(&self, request: &InFlight, ticket: &Ticket, zero: bool) -> Result<Op, u8> {
-        let mut bytes = [0; SEGMENT as usize];
+        let mut bytes = [0; SEGMENT];
         let read = request.from_driver.read(ticket.queues().memory(), 0, &mut bytes);
-        if request.from_driver.len() != SEGMENT || read != Ok(bytes.len()) || self.geometry.read_only {
+        if request.from_driver.len() != SEGMENT as u64 || read != Ok(bytes.len()) || self.geometry.read_only {
             return Err(S_IOERR);
         }
         let (sector, rest) = bytes.split_at(8);
@@ -250,6 +250,13 @@ impl Shared {
         Ok(if zero { Op::WriteZeroes { offset, length, unmap } } else { Op::Discard { offset, length } })
     }
 
+    /// Waits for all requests.
+    fn drain(&self) {
+        // A write that has to be durable submits a flush when it ends, so one round is not enough.
+        self.backend.drain();
+        self.backend.drain();
+    }
+
     /// Decides whether completed writes must be durable (5.2.6.2): they must unless the driver flushes,
     /// and has left the cache on.
     fn update_cache_mode(&self, driver: &Driver) {
@@ -265,17 +272,24 @@ fn max_sectors(geometry: &Geometry) -> u32 {
     u32::try_from(geometry.max_discard / SECTOR).unwrap_or(u32::MAX)
 }
 
+impl Drop for Blk {
+    /// Ends the requests, which may hold the backend: it must not go away on a thread of its own.
+    fn drop(&mut self) {
+        self.disk.drain();
+    }
+}
+
 impl VirtioDevice for Blk {
     fn kind(&self) -> Kind {
         KIND
     }
 
     fn features(&self) -> u64 {
-        let g = &self.shared.geometry;
+        let g = &self.disk.geometry;
         let mut features = F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY;
         if g.read_only {
             features |= F_RO;
-        } else {
+        } else if max_sectors(g) > 0 {
             features |= F_WRITE_ZEROES;
             if g.discard {
                 features |= F_DISCARD;
@@ -296,7 +310,7 @@ impl VirtioDevice for Blk {
 
     /// `struct virtio_blk_config` (5.2.4).
     fn config(&self) -> Vec<u8> {
-        let g = &self.shared.geometry;
+        let g = &self.disk.geometry;
         let logical = g.logical_block_size.max(512);
         let blocks = |bytes: u32| bytes / logical;
         // Powers of two both.
@@ -313,7 +327,7 @@ impl VirtioDevice for Blk {
         c.push(0); // The first physical block starts at sector 0.
         c.extend(u16::try_from(blocks(g.physical_block_size).max(1)).unwrap_or(1).to_le_bytes());
         c.extend(blocks(g.optimal_io_size).to_le_bytes());
-        c.push(u8::from(locked(&self.shared.driver).writeback));
+        c.push(u8::from(locked(&self.disk.driver).writeback));
         c.push(0);
         c.extend(self.queues.to_le_bytes());
         c.extend(discard.to_le_bytes());
@@ -327,16 +341,16 @@ impl VirtioDevice for Blk {
 
     fn write_config(&self, offset: u64, bytes: &[u8]) {
         if let (CONFIG_WRITEBACK, &[value]) = (offset, bytes) {
-            let mut driver = locked(&self.shared.driver);
+            let mut driver = locked(&self.disk.driver);
             driver.writeback = value & 1 != 0;
-            self.shared.update_cache_mode(&driver);
+            self.disk.update_cache_mode(&driver);
         }
     }
 
     fn activate(&self, features: u64, _queues: &Arc<Queues>) {
-        let mut driver = locked(&self.shared.driver);
+        let mut driver = locked(&self.disk.driver);
         driver.features = features;
-        self.shared.update_cache_mode(&driver);
+        self.disk.update_cache_mode(&driver);
     }
 
     fn notify(&self, index: u16, queues: &Arc<Queues>) {
@@ -344,29 +358,27 @@ impl VirtioDevice for Blk {
     }
 
     fn quiesce(&self) {
-        // A write that has to be durable submits a flush when it ends, so one round is not enough.
-        self.shared.backend.drain();
-        self.shared.backend.drain();
+        self.disk.drain();
     }
 
     fn reset(&self) {
-        let mut driver = locked(&self.shared.driver);
+        let mut driver = locked(&self.disk.driver);
         *driver = INITIAL;
-        self.shared.update_cache_mode(&driver);
+        self.disk.update_cache_mode(&driver);
     }
 
     fn save(&self) -> Result<SavedDevice, StateError> {
-        let Self { shared, queues: _, id: _ } = self;
-        let Shared { backend: _, geometry: _, driver, write_through: _ } = &**shared;
+        let Self { disk, queues: _, id: _ } = self;
+        let Disk { backend: _, geometry: _, driver, write_through: _ } = disk;
         let Driver { features: _, writeback } = *locked(driver);
         KIND.saved(VERSION, &BlkState { writeback })
     }
 
     fn restore(&self, saved: &SavedDevice) -> Result<(), StateError> {
         let BlkState { writeback } = KIND.loaded(VERSION, saved)?;
-        let mut driver = locked(&self.shared.driver);
+        let mut driver = locked(&self.disk.driver);
         driver.writeback = writeback;
-        self.shared.update_cache_mode(&driver);
+        self.disk.update_cache_mode(&driver);
         Ok(())
     }
 }
@@ -381,5 +393,7 @@ pub struct BlkState {
     writeback: bool,
 }
 
+#[cfg(test)]
+mod image_tests;
 #[cfg(test)]
 mod tests;

@@ -367,7 +367,7 @@ impl CommonConfig {
         self.registers = saved.clone();
         for (index, q) in (0..).zip(&saved.queues) {
             let position = positions.get(usize::from(index)).copied().flatten();
-            // An enabled queue without position had failed to start.
+            // Those of a failed device have none.
             if let Some(position) = position.filter(|_| q.enabled) {
                 self.start_queue(index, q, position).map_err(|e| format!("queue {index}: {e}"))?;
             }

@@ -31,6 +31,9 @@ const CONFIG_EMERG_WRITE: u64 = 8;
 /// Bytes moved between ring and backend at once.
 const CHUNK: usize = 4096;
 
+/// Bytes of one chain that are shown; drivers send some KiB. More would keep the vCPU's thread busy.
+const MAX_OUTPUT: u64 = 1 << 20;
+
 /// Where a console's bytes go to and come from.
 pub trait ConsoleBackend: Send + Sync {
     /// Takes what the guest has written. Must not block: what there is no room for is dropped.
@@ -120,14 +123,15 @@ impl Console {
     fn transmit(&self, chain: &Chain, queues: &Queues) -> Result<(), QueueError> {
         let mut buffer = [0; CHUNK];
         let mut at = 0;
-        loop {
+        while at < MAX_OUTPUT {
             let got = chain.readable.read(queues.memory(), at, &mut buffer)?;
             if got == 0 {
-                return Ok(());
+                break;
             }
             self.backend.write(&buffer[..got]);
             at += got as u64;
         }
+        Ok(())
     }
 }
 

@@ -153,12 +153,10 @@ impl Machine {
                 self.clock.advance(1_000_000);
             }
             _ => {
-                // What a device saves it must take back.
+                // Every device can be saved at any time, and takes back what it saved.
                 let saved = self.transport.save();
-                if let Ok(saved) = saved {
-                    let restored = self.transport.restore(&saved);
-                    assert!(restored.is_ok(), "{restored:?}");
-                }
+                let restored = saved.and_then(|saved| self.transport.restore(&saved));
+                assert!(restored.is_ok(), "{restored:?}");
             }
         }
     }
@@ -168,7 +166,7 @@ impl Machine {
 /// which): register accesses, ring contents, notifications, resets, saving and restoring.
 ///
 /// # Panics
-/// When a device does not take back the state that it saved; anything else that panics is a bug too.
+/// When a device cannot be saved, or does not take back its state; anything else that panics is a bug too.
 pub fn play(bytes: &[u8]) {
     let mut input = Input(bytes);
     let Some(machine) = Machine::new(input.byte()) else { return };

@@ -131,7 +131,8 @@ impl Net {
     /// A control command (5.1.6.5): class and command, data, and a byte for the answer.
     fn control(&self, chain: &Chain, ticket: Ticket) {
         let queues = ticket.queues();
-        let mut command = vec![0; filter::MAX_COMMAND.min(usize::try_from(chain.readable.len()).unwrap_or(0))];
+        let mut command =
+            vec![0; filter::MAX_COMMAND.min(usize::try_from(chain.readable.len()).unwrap_or(0))];
         let read = chain.readable.read(queues.memory(), 0, &mut command);
         let (Ok(_), &[class, number, ref data @ ..]) = (read, &command[..]) else {
             queues.fail("a control command of less than two bytes");

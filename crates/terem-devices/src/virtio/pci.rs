@@ -265,9 +265,11 @@ impl VirtioPci {
     fn saved_state(&self) -> Result<State, StateError> {
         let common = locked(&self.common);
         let Self { device, kind, queues, interrupts, function, common: _, access_capability: _ } = self;
+        // A failed device's queues stand nowhere, and do not go on before a reset.
         let positions = (0..queues.count())
-            .map(|i| queues.position(i).transpose().map_err(|reason| kind.invalid(reason)))
-            .collect::<Result<_, _>>()?;
+            .map(|i| queues.position(i).filter(|_| !queues.has_failed()).transpose())
+            .collect::<Result<_, _>>()
+            .map_err(|reason| kind.invalid(reason))?;
         let state = State {
             registers: common.registers().clone(),
             positions,
@@ -313,7 +315,7 @@ const VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 struct State {
     registers: Registers,
-    /// Where each queue stands, if it runs.
+    /// Where each queue stands, if it runs and the device has not failed.
     positions: Vec<Option<RingPosition>>,
     failed: bool,
     config_generation: u32,

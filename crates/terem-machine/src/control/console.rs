@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  guest ──write──> ring of the last output ──> the terminal, and any number of attached clients
-//!  guest <──read─── input, bounded          <── all of them
+//!  guest <──sink─── [`Console::send`]        <── all of them
 //! ```
 
 use std::collections::VecDeque;
@@ -10,14 +10,17 @@ use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Most input that waits for the guest, in bytes: a 16550 takes 16 at a time.
-const INPUT: usize = 16 << 10;
+/// How soon input is offered again that the guest had no room for.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Takes input for the guest and returns how much of it there was room for.
+type Sink = Box<dyn Fn(&[u8]) -> usize + Send>;
 
 /// See the module's documentation.
 pub struct Console {
     state: Mutex<State>,
     changed: Condvar,
-    wake_guest: Mutex<Option<Box<dyn Fn() + Send>>>,
+    sink: Mutex<Option<Sink>>,
 }
 
 struct State {
@@ -27,7 +30,6 @@ struct State {
     gone: u64,
     /// Up to where the lossless reader has read, where there is one.
     lossless: Option<u64>,
-    input: VecDeque<u8>,
     closed: bool,
 }
 
@@ -47,11 +49,10 @@ impl Console {
                 capacity: capacity.max(1),
                 gone: 0,
                 lossless: lossless.then_some(0),
-                input: VecDeque::new(),
                 closed: false,
             }),
             changed: Condvar::new(),
-            wake_guest: Mutex::new(None),
+            sink: Mutex::new(None),
         }
     }
 
@@ -60,9 +61,9 @@ impl Console {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has `wake` called whenever input has come for the guest.
-    pub fn on_input(&self, wake: Box<dyn Fn() + Send>) {
-        *self.wake_guest.lock().unwrap_or_else(PoisonError::into_inner) = Some(wake);
+    /// Says where input goes. What is sent before waits.
+    pub fn connect(&self, sink: Sink) {
+        *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = Some(sink);
     }
 
     /// Output of the guest.
@@ -84,37 +85,22 @@ impl Console {
         self.changed.notify_all();
     }
 
-    /// Input for the guest: fills `buffer` as far as there is any, and returns how much that was. Never waits.
-    pub fn read(&self, buffer: &mut [u8]) -> usize {
-        let mut state = self.state();
-        let count = buffer.len().min(state.input.len());
-        for (place, byte) in buffer.iter_mut().zip(state.input.drain(..count)) {
-            *place = byte;
-        }
-        drop(state);
-        if count > 0 {
-            self.changed.notify_all();
-        }
-        count
-    }
-
-    /// Gives input to the guest; waits while there is no room. `false` once the console is closed.
-    pub fn send(&self, bytes: &[u8]) -> bool {
-        for chunk in bytes.chunks(INPUT) {
-            let mut state = self.state();
-            while state.input.len() + chunk.len() > INPUT && !state.closed {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    /// Gives input to the guest; waits while it has no room. `false` once the console is closed.
+    pub fn send(&self, mut bytes: &[u8]) -> bool {
+        loop {
+            let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+            let taken = sink.as_ref().map_or(0, |sink| sink(bytes));
+            drop(sink);
+            bytes = bytes.get(taken..).unwrap_or_default();
+            if bytes.is_empty() {
+                return true;
             }
-            if state.closed {
+            let open = |state: &mut State| !state.closed;
+            let waited = self.changed.wait_timeout_while(self.state(), RETRY, open);
+            if waited.unwrap_or_else(PoisonError::into_inner).0.closed {
                 return false;
             }
-            state.input.extend(chunk);
-            drop(state);
-            if let Some(wake) = &*self.wake_guest.lock().unwrap_or_else(PoisonError::into_inner) {
-                wake();
-            }
         }
-        true
     }
 
     /// Output from place `from` on, waiting up to `wait` for some. Returns it with the place to go on from: later than
@@ -143,6 +129,12 @@ impl Console {
         drop(state);
         self.changed.notify_all();
         self.output(from, wait)
+    }
+
+    /// The lossless reader has gone: the guest no longer waits for it.
+    pub fn stop_waiting(&self) {
+        self.state().lossless = None;
+        self.changed.notify_all();
     }
 
     /// The place of the oldest output that is still there.
@@ -216,23 +208,22 @@ mod tests {
     }
 
     #[test]
-    fn input_wakes_the_guest_and_is_bounded() {
+    fn input_waits_for_room() {
         let console = Arc::new(Console::new(16, false));
-        let woken = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let count = woken.clone();
-        console.on_input(Box::new(move || {
-            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        }));
-        assert!(console.send(&vec![7; INPUT]));
-        assert_eq!(woken.load(std::sync::atomic::Ordering::SeqCst), 1);
         let sender = {
             let console = console.clone();
-            thread::spawn(move || console.send(b"x"))
+            thread::spawn(move || console.send(b"abcdefg"))
         };
-        let mut buffer = [0; 16];
-        assert_eq!(console.read(&mut buffer), 16);
-        assert_eq!(buffer, [7; 16]);
+        let got = Arc::new(Mutex::new(Vec::new()));
+        let sink = got.clone();
+        console.connect(Box::new(move |bytes| {
+            let count = bytes.len().min(3);
+            sink.lock().unwrap().extend(&bytes[..count]);
+            count
+        }));
         assert!(sender.join().unwrap());
+        assert_eq!(*got.lock().unwrap(), b"abcdefg");
+        console.connect(Box::new(|_| 0));
         console.close();
         assert!(!console.send(b"y"));
     }

@@ -14,12 +14,14 @@ mod client;
 mod console;
 pub mod protocol;
 mod server;
+mod target;
 
 pub use claim::{Claim, ClaimError, Running, running};
 pub use client::{Client, ClientError};
 pub use console::Console;
 pub use protocol::{Command, ControlError, ErrorCode, MachineState, Status};
 pub use server::{ControlServer, ServerError};
+pub use target::{ConsoleEnd, MachineTarget};
 
 use std::sync::Arc;
 

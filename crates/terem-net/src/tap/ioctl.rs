@@ -32,12 +32,17 @@ const TUN_F_TSO4: libc::c_uint = 0x02;
 const TUN_F_TSO6: libc::c_uint = 0x04;
 const TUN_F_TSO_ECN: libc::c_uint = 0x08;
 
-/// `struct ifreq` as TUNSETIFF and TUNGETIFF use it; the union at its end is larger than the flags.
-#[repr(C)]
+/// `struct ifreq` of linux/if.h: a name, and a union that begins with what is asked for or told.
+#[repr(C, align(8))]
 struct InterfaceRequest {
     name: [u8; NAME_LEN],
-    flags: u16,
-    unused: [u8; 22],
+    value: [u8; 24],
+}
+
+impl InterfaceRequest {
+    fn new(name: [u8; NAME_LEN]) -> Self {
+        Self { name, value: [0; 24] }
+    }
 }
 
 /// A name with zeros behind it, if an interface may be called so (dev_valid_name in Linux' net/core/dev.c).
@@ -61,7 +66,8 @@ fn check(result: libc::c_int) -> Result<(), Errno> {
 
 /// Makes or takes the interface: TUNSETIFF.
 pub(super) fn set_interface(device: &impl AsFd, name: [u8; NAME_LEN], flags: Flags) -> Result<(), Errno> {
-    let mut request = InterfaceRequest { name, flags: flags.bits(), unused: [0; 22] };
+    let mut request = InterfaceRequest::new(name);
+    request.value[..2].copy_from_slice(&flags.bits().to_ne_bytes());
     // SAFETY: the descriptor is open as long as it is borrowed; the request is a whole `struct ifreq`, which the
     // kernel reads and writes during the call only.
     check(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
@@ -69,12 +75,23 @@ pub(super) fn set_interface(device: &impl AsFd, name: [u8; NAME_LEN], flags: Fla
 
 /// The name and flags of an open tap: TUNGETIFF.
 pub(super) fn interface(device: &impl AsFd) -> Result<(String, Flags), Errno> {
-    let mut request = InterfaceRequest { name: [0; NAME_LEN], flags: 0, unused: [0; 22] };
+    let mut request = InterfaceRequest::new([0; NAME_LEN]);
     // SAFETY: as in set_interface.
     check(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
     let length = request.name.iter().position(|&byte| byte == 0).unwrap_or(NAME_LEN);
     let name = String::from_utf8_lossy(&request.name[..length]).into_owned();
-    Ok((name, Flags::from_bits_retain(request.flags)))
+    let [a, b, ..] = request.value;
+    Ok((name, Flags::from_bits_retain(u16::from_ne_bytes([a, b]))))
+}
+
+/// The MTU of the interface of this name: SIOCGIFMTU.
+pub(super) fn mtu(name: [u8; NAME_LEN]) -> Result<u16, Errno> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let mut request = InterfaceRequest::new(name);
+    // SAFETY: as in set_interface, with a socket that is ours.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) })?;
+    let [a, b, c, d, ..] = request.value;
+    Ok(u16::try_from(i32::from_ne_bytes([a, b, c, d])).unwrap_or(u16::MAX))
 }
 
 /// The virtio header's length: TUNSETVNETHDRSZ.

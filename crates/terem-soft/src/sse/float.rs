@@ -4,6 +4,10 @@
 //! guest gets `#XM` and the destination stays as it was (Intel SDM vol. 1, 11.5.3): exceptions found
 //! before computing (invalid, denormal, divide by zero) hide those found after (overflow, underflow,
 //! precision).
+//!
+//! Loading and storing MXCSR costs several times what the computation costs. So as long as the guest's
+//! control bits are the default, which are the host's as well, instructions run without either, and the
+//! host's flags, cleared to the guest's before, collect what the guest raises ([`Cpu::mxcsr_on_host`]).
 
 use core::arch::asm;
 
@@ -53,6 +57,48 @@ impl Shape {
 }
 
 impl Cpu {
+    /// Whether a floating-point instruction can run as it is, leaving its flags in the host's MXCSR.
+    #[inline(always)]
+    fn runs_directly(&mut self) -> bool {
+        self.mxcsr_on_host || self.put_mxcsr()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn put_mxcsr(&mut self) -> bool {
+        if self.mxcsr & !FLAGS != MXCSR_DEFAULT {
+            return false;
+        }
+        // SAFETY: the control bits are the host's own; flags may be anything.
+        unsafe { asm!("ldmxcsr [{m}]", m = in(reg) &raw const self.mxcsr, options(nostack, readonly)) };
+        self.mxcsr_on_host = true;
+        true
+    }
+
+    /// The guest's MXCSR. To be called on the thread that runs the vCPU.
+    #[must_use]
+    pub(crate) fn guest_mxcsr(&self) -> u32 {
+        if !self.mxcsr_on_host {
+            return self.mxcsr;
+        }
+        let mut host = 0_u32;
+        // SAFETY: stores 4 bytes.
+        unsafe { asm!("stmxcsr [{m}]", m = in(reg) &raw mut host, options(nostack, preserves_flags)) };
+        self.mxcsr | host & FLAGS
+    }
+
+    /// Takes the guest's flags off the host's MXCSR: before others use this thread or this vCPU's state.
+    pub(crate) fn take_mxcsr(&mut self) {
+        self.mxcsr = self.guest_mxcsr();
+        self.mxcsr_on_host = false;
+    }
+
+    /// Sets MXCSR; `value` has valid bits only.
+    pub(crate) fn set_mxcsr(&mut self, value: u32) {
+        self.mxcsr = value;
+        self.mxcsr_on_host = false;
+    }
+
     /// The guest's MXCSR with its exceptions masked and its flags clear. An underflow exception that is
     /// not masked switches flushing to zero off (Intel SDM vol. 1, 10.2.3.3).
     #[inline(always)]
@@ -95,8 +141,10 @@ impl Cpu {
 pub(super) trait Float {
     type Memory: Source;
     const RESULT: Shape;
+    /// Under the host's MXCSR as it is.
+    fn direct(a: V, b: V) -> V;
     /// `csr` is loaded before and stored after.
-    fn apply(a: V, b: V, csr: &mut u32) -> V;
+    fn controlled(a: V, b: V, csr: &mut u32) -> V;
 }
 
 fn float<F: Float, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -113,8 +161,11 @@ impl Cpu {
     /// The exceptions that the guest has not masked.
     #[inline(always)]
     pub(super) fn float<F: Float>(&mut self, a: V, b: V) -> Exec<V> {
+        if self.runs_directly() {
+            return Ok(F::direct(a, b));
+        }
         let mut csr = self.masked_mxcsr();
-        let value = F::apply(a, b, &mut csr);
+        let value = F::controlled(a, b, &mut csr);
         self.raised(csr, || F::RESULT.tiny(value))?;
         Ok(value)
     }
@@ -139,13 +190,23 @@ macro_rules! float_table {
                 const RESULT: Shape = $result;
 
                 #[inline(always)]
-                fn apply(mut a: V, b: V, csr: &mut u32) -> V {
+                fn direct(mut a: V, b: V) -> V {
+                    // SAFETY: registers, and flags of MXCSR, only. The guest has it only if the host has it.
+                    unsafe {
+                        asm!(concat!($host, " {a}, {b}"), a = inout(xmm_reg) a.0, b = in(xmm_reg) b.0,
+                            options(nomem, nostack));
+                    }
+                    a
+                }
+
+                #[inline(always)]
+                fn controlled(mut a: V, b: V, csr: &mut u32) -> V {
                     // SAFETY: `csr` has valid bits only, with all exceptions masked; the host's MXCSR is
                     // back at its default afterwards. The guest has the instruction only if the host has.
                     unsafe {
                         asm!("ldmxcsr [{m}]", concat!($host, " {a}, {b}"), "stmxcsr [{m}]", "ldmxcsr [{h}]",
                             a = inout(xmm_reg) a.0, b = in(xmm_reg) b.0, m = in(reg) &raw mut *csr,
-                            h = in(reg) &raw const HOST, options(nostack, preserves_flags));
+                            h = in(reg) &raw const HOST, options(nostack));
                     }
                     a
                 }
@@ -211,13 +272,19 @@ float_table! {
 trait WithImmediate {
     type Memory: Source;
     const RESULT: Shape;
-    fn apply(a: V, b: V, immediate: u8, csr: &mut u32) -> V;
+    /// Under `csr`, which is loaded before and stored after, or under the host's MXCSR as it is.
+    fn apply(a: V, b: V, immediate: u8, csr: Option<&mut u32>) -> V;
 }
 
 fn immediate<F: WithImmediate, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
     let b = S::get(cpu, op)?;
+    let a = cpu.vector(op.reg);
+    if cpu.runs_directly() {
+        cpu.set_vector(op.reg, F::apply(a, b, op.imm as u8, None));
+        return Ok(());
+    }
     let mut csr = cpu.masked_mxcsr();
-    let value = F::apply(cpu.vector(op.reg), b, op.imm as u8, &mut csr);
+    let value = F::apply(a, b, op.imm as u8, Some(&mut csr));
     cpu.raised(csr, || F::RESULT.tiny(value))?;
     cpu.set_vector(op.reg, value);
     Ok(())
@@ -242,12 +309,16 @@ macro_rules! immediate_table {
                 const RESULT: Shape = $result;
 
                 #[inline(never)]
-                fn apply(mut a: V, b: V, immediate: u8, csr: &mut u32) -> V {
+                fn apply(mut a: V, b: V, immediate: u8, csr: Option<&mut u32>) -> V {
+                    let csr = csr.map_or(core::ptr::null_mut(), core::ptr::from_mut);
                     // SAFETY: the jump lands on one of the 256 entries, each of which fits in 16 bytes and
-                    // leaves to the end; MXCSR as in `float_table`.
+                    // leaves to the end; MXCSR as in `float_table`, if there is a place for it.
                     unsafe {
                         asm!(
+                            "testq {m}, {m}",
+                            "jz 4f",
                             "ldmxcsr ({m})",
+                            "4:",
                             "leaq 2f(%rip), {t}",
                             "shlq $4, {i}",
                             "addq {i}, {t}",
@@ -262,10 +333,13 @@ macro_rules! immediate_table {
                             ".set .Lterem_immediate, .Lterem_immediate + 1",
                             ".endr",
                             "3:",
+                            "testq {m}, {m}",
+                            "jz 5f",
                             "stmxcsr ({m})",
                             "ldmxcsr ({h})",
+                            "5:",
                             t = out(reg) _, i = inout(reg) u64::from(immediate) => _,
-                            m = in(reg) &raw mut *csr, h = in(reg) &raw const HOST,
+                            m = in(reg) csr, h = in(reg) &raw const HOST,
                             inout("xmm0") a.0, in("xmm1") b.0,
                             options(att_syntax, nostack)
                         );
@@ -304,8 +378,17 @@ macro_rules! compare_table {
             fn $name<S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
                 let b = S::get(cpu, op)?;
                 let a = cpu.vector(op.reg);
-                let mut csr = cpu.masked_mxcsr();
                 let flags: u16;
+                if cpu.runs_directly() {
+                    // SAFETY: registers and flags only.
+                    unsafe {
+                        asm!(concat!($host, " {a}, {b}"), "lahf", a = in(xmm_reg) a.0, b = in(xmm_reg) b.0,
+                            out("ax") flags, options(nomem, nostack));
+                    }
+                    (cpu.ah, cpu.of) = ((flags >> 8) as u8, 0);
+                    return Ok(());
+                }
+                let mut csr = cpu.masked_mxcsr();
                 // SAFETY: as in `float_table`.
                 unsafe {
                     asm!("ldmxcsr [{m}]", concat!($host, " {a}, {b}"), "lahf", "stmxcsr [{m}]", "ldmxcsr [{h}]",
@@ -313,8 +396,7 @@ macro_rules! compare_table {
                         h = in(reg) &raw const HOST, out("ax") flags, options(nostack));
                 }
                 cpu.raised(csr, || false)?;
-                cpu.ah = (flags >> 8) as u8;
-                cpu.of = 0;
+                (cpu.ah, cpu.of) = ((flags >> 8) as u8, 0);
                 Ok(())
             }
         )*
@@ -342,18 +424,32 @@ macro_rules! to_general_table {
         $(
             fn $name<S: Source, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
                 let b = S::get(cpu, op)?;
-                let mut csr = cpu.masked_mxcsr();
                 let value: u64;
+                if cpu.runs_directly() {
+                    // SAFETY: registers, and flags of MXCSR, only.
+                    unsafe {
+                        if WIDE {
+                            asm!(concat!($host, " {r:r}, {b}"), r = out(reg) value, b = in(xmm_reg) b.0,
+                                options(nomem, nostack));
+                        } else {
+                            asm!(concat!($host, " {r:e}, {b}"), r = out(reg) value, b = in(xmm_reg) b.0,
+                                options(nomem, nostack));
+                        }
+                    }
+                    cpu.set_slot(op.reg, value);
+                    return Ok(());
+                }
+                let mut csr = cpu.masked_mxcsr();
                 // SAFETY: as in `float_table`.
                 unsafe {
                     if WIDE {
                         asm!("ldmxcsr [{m}]", concat!($host, " {r:r}, {b}"), "stmxcsr [{m}]", "ldmxcsr [{h}]",
                             r = out(reg) value, b = in(xmm_reg) b.0, m = in(reg) &raw mut csr,
-                            h = in(reg) &raw const HOST, options(nostack, preserves_flags));
+                            h = in(reg) &raw const HOST, options(nostack));
                     } else {
                         asm!("ldmxcsr [{m}]", concat!($host, " {r:e}, {b}"), "stmxcsr [{m}]", "ldmxcsr [{h}]",
                             r = out(reg) value, b = in(xmm_reg) b.0, m = in(reg) &raw mut csr,
-                            h = in(reg) &raw const HOST, options(nostack, preserves_flags));
+                            h = in(reg) &raw const HOST, options(nostack));
                     }
                 }
                 cpu.raised(csr, || false)?;
@@ -392,17 +488,31 @@ macro_rules! from_general_table {
             fn $name<S: Source, const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
                 let b = S::get(cpu, op)?.bits() as u64;
                 let mut a = cpu.vector(op.reg);
+                if cpu.runs_directly() {
+                    // SAFETY: registers, and flags of MXCSR, only.
+                    unsafe {
+                        if WIDE {
+                            asm!(concat!($host, " {a}, {b:r}"), a = inout(xmm_reg) a.0, b = in(reg) b,
+                                options(nomem, nostack));
+                        } else {
+                            asm!(concat!($host, " {a}, {b:e}"), a = inout(xmm_reg) a.0, b = in(reg) b,
+                                options(nomem, nostack));
+                        }
+                    }
+                    cpu.set_vector(op.reg, a);
+                    return Ok(());
+                }
                 let mut csr = cpu.masked_mxcsr();
                 // SAFETY: as in `float_table`.
                 unsafe {
                     if WIDE {
                         asm!("ldmxcsr [{m}]", concat!($host, " {a}, {b:r}"), "stmxcsr [{m}]", "ldmxcsr [{h}]",
                             a = inout(xmm_reg) a.0, b = in(reg) b, m = in(reg) &raw mut csr,
-                            h = in(reg) &raw const HOST, options(nostack, preserves_flags));
+                            h = in(reg) &raw const HOST, options(nostack));
                     } else {
                         asm!("ldmxcsr [{m}]", concat!($host, " {a}, {b:e}"), "stmxcsr [{m}]", "ldmxcsr [{h}]",
                             a = inout(xmm_reg) a.0, b = in(reg) b, m = in(reg) &raw mut csr,
-                            h = in(reg) &raw const HOST, options(nostack, preserves_flags));
+                            h = in(reg) &raw const HOST, options(nostack));
                     }
                 }
                 cpu.raised(csr, || false)?;

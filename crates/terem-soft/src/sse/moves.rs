@@ -206,12 +206,13 @@ fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
     if value & !MXCSR_MASK != 0 {
         return Err(Fault::GP0);
     }
-    cpu.mxcsr = value;
+    cpu.set_mxcsr(value);
     Ok(())
 }
 
 fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
-    cpu.store_operand(op, cpu.mxcsr)
+    let value = cpu.guest_mxcsr();
+    cpu.store_operand(op, value)
 }
 
 /// What the forms of a move are: between registers, from memory, to memory.

@@ -254,6 +254,20 @@ impl Oracle {
         out
     }
 
+    pub(crate) fn bench(&mut self, bytes: &[u8], state: &State) {
+        let _ = self.interpreted(bytes, state);
+        let cpu = &mut self.cpu;
+        cpu.gpr[7] = GUEST_BUFFER;
+        let mode = Mode { code: CodeSize::Code64, ..Mode::REAL };
+        let (op, _) = decode(bytes, 0, mode, &self.set).unwrap();
+        let op = std::hint::black_box(op);
+        let t = std::time::Instant::now();
+        for _ in 0..2_000_000 {
+            let _ = std::hint::black_box((op.run)(cpu, &op));
+        }
+        println!("{:02x?} {:?} ns", bytes, t.elapsed().as_nanos() as f64 / 2e6);
+    }
+
     /// Whether both ways give the same; what differs if not.
     pub(crate) fn compare(&mut self, bytes: &[u8], state: &State) -> Result<(), String> {
         let want = self.native(bytes, state).comparable();
@@ -293,11 +307,9 @@ impl Oracle {
         let fcw = u16::from_le_bytes([state.fx[0], state.fx[1]]);
         let fsw = u16::from_le_bytes([state.fx[2], state.fx[3]]);
         text.push_str(&format!("  before: fcw {fcw:04x} fsw {fsw:04x} ftw {:02x} operand {operand}\n", state.fx[4]));
-        for i in 0..24 {
+        for i in insn_registers(&insn) {
             let hex: String = state.fx[32 + 16 * i..48 + 16 * i].iter().rev().map(|b| format!("{b:02x}")).collect();
-            if i < 2 || (8..11).contains(&i) {
-                text.push_str(&format!("  {i}: {hex}\n"));
-            }
+            text.push_str(&format!("  before: {} {hex}\n", if i < 8 { "st" } else { "xmm" }));
         }
         Err(text)
     }
@@ -447,11 +459,22 @@ pub(crate) fn encodings(prefixes: &[&[u8]], escapes: &[&[u8]], wanted: fn(&Instr
     found
 }
 
-/// Whether it has RSP or RDI as an operand, which are not the same in both worlds.
+/// Whether it has RSP or RDI as an operand, which are not the same in both worlds, or memory elsewhere than
+/// at RDI.
 fn uses_pointers(insn: &Instruction) -> bool {
     use iced_x86::Register::{RDI, RSP};
     let full = |i| insn.op_register(i).full_register();
-    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && matches!(full(i), RDI | RSP))
+    let elsewhere = |i| insn.op_kind(i) == OpKind::Memory && insn.memory_base() != RDI;
+    (0..insn.op_count()).any(|i| elsewhere(i) || (insn.op_kind(i) == OpKind::Register && matches!(full(i), RDI | RSP)))
+}
+
+/// Places in an FXSAVE area of the x87 and vector registers that it names.
+fn insn_registers(insn: &Instruction) -> Vec<usize> {
+    let registers = (0..insn.op_count()).filter(|&i| insn.op_kind(i) == OpKind::Register).map(|i| insn.op_register(i));
+    let place = |r: iced_x86::Register| {
+        if r.is_xmm() { Some(8 + r.number()) } else { (r.is_st() || r.is_mm()).then(|| r.number()) }
+    };
+    registers.filter_map(place).collect()
 }
 
 /// Whether the last byte is an immediate.

@@ -50,13 +50,17 @@ impl Cpu {
     /// XMM register `n` (0–15).
     #[inline(always)]
     pub(crate) fn vector(&self, n: u8) -> V {
-        V::from(self.xmm[usize::from(n & 15)].0)
+        let from: *const Xmm = &raw const self.xmm[usize::from(n & 15)];
+        // SAFETY: both are 16 plain bytes, aligned. (By way of `u128` it would be two general registers.)
+        unsafe { *from.cast::<V>() }
     }
 
     /// Sets XMM register `n`.
     #[inline(always)]
     pub(crate) fn set_vector(&mut self, n: u8, value: V) {
-        self.xmm[usize::from(n & 15)] = Xmm(value.bits());
+        let to: *mut Xmm = &raw mut self.xmm[usize::from(n & 15)];
+        // SAFETY: as in `vector`.
+        unsafe { *to.cast::<V>() = value };
     }
 
     /// The low 64 bits of XMM register `n`.

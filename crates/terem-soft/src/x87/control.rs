@@ -46,6 +46,11 @@ fn wait(cpu: &mut Cpu, _: &Op) -> Exec {
     cpu.wait_x87()
 }
 
+/// What earlier processors needed to be told (`fneni`, `fndisi`, `fnsetpm`).
+fn nothing(_: &mut Cpu, _: &Op) -> Exec {
+    Ok(())
+}
+
 impl Cpu {
     /// The environment of 14 or 28 bytes, of whose fields the last four depend on the mode.
     fn environment(&self, size: usize) -> [u8; 28] {
@@ -147,6 +152,7 @@ pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
     let short = matches!(insn.memory_size().size(), 14 | 94);
     Some(match insn.mnemonic() {
         Mnemonic::Wait => wait,
+        Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => nothing,
         Mnemonic::Fldcw => fldcw,
         Mnemonic::Fnstcw => fnstcw,
         Mnemonic::Fnstsw if insn.op0_register() == iced_x86::Register::AX => fnstsw_ax,

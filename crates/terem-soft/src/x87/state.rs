@@ -94,7 +94,7 @@ impl Cpu {
     }
 
     fn save_mxcsr(&self, bytes: &mut [u8]) {
-        bytes[24..28].copy_from_slice(&self.mxcsr.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.guest_mxcsr().to_le_bytes());
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     }
 
@@ -141,12 +141,12 @@ impl Cpu {
         }
         self.fpu = Fpu::default();
         self.xmm = [Xmm::default(); 16];
-        self.mxcsr = MXCSR_DEFAULT;
+        self.set_mxcsr(MXCSR_DEFAULT);
         if present & X87 != 0 {
             self.fpu.restore(bytes, true);
         }
         if present & (SSE | AVX) != 0 {
-            self.mxcsr = mxcsr;
+            self.set_mxcsr(mxcsr);
         }
         if present & SSE != 0 {
             for (i, to) in self.xmm.iter_mut().enumerate() {
@@ -177,7 +177,7 @@ fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
         return Err(Fault::GP0);
     }
     cpu.fpu.restore(&bytes, WIDE);
-    cpu.mxcsr = mxcsr;
+    cpu.set_mxcsr(mxcsr);
     for i in 0..cpu.xmm_count() {
         cpu.xmm[i] = Xmm(xmm_at(&bytes, i));
     }
@@ -253,7 +253,7 @@ fn xrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
         }
     }
     if loads_mxcsr {
-        cpu.mxcsr = mxcsr;
+        cpu.set_mxcsr(mxcsr);
     }
     if asked & SSE != 0 {
         for i in 0..cpu.xmm_count() {

@@ -85,9 +85,8 @@ fn many_requests_complete_out_of_order() {
         let mut g = guest(&disk, 1);
         g.start(packed, event_idx, 64, 0);
         disk.hold.store(true, Ordering::Release);
-        let mut sent: Vec<_> = (0..60_u8)
-            .map(|i| submit(&mut g, 0, T_OUT, u64::from(i), &pattern(512, i), 0).0)
-            .collect();
+        let mut sent: Vec<_> =
+            (0..60_u8).map(|i| submit(&mut g, 0, T_OUT, u64::from(i), &pattern(512, i), 0).0).collect();
         assert!(g.rings[0].take_used().is_none());
         assert!(g.vectors().is_empty());
         disk.release();
@@ -183,7 +182,8 @@ fn the_configuration_and_features_follow_the_disk() {
     assert_eq!((at(34, 2), at(36, 4), at(40, 4), at(44, 4)), (4, 2048, 1, 8));
     assert_eq!((at(48, 4), at(52, 4), at(56, 1)), (2048, 1, 1));
     assert_eq!(at(60, 1), 0xff, "behind the structure is nothing");
-    let all = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE | F_MQ | F_DISCARD | F_WRITE_ZEROES;
+    let all =
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_CONFIG_WCE | F_MQ | F_DISCARD | F_WRITE_ZEROES;
     assert_eq!(g.offered() & 0xff_ffff, all);
     disk.geometry.read_only = true;
     let disk = Arc::new(disk);

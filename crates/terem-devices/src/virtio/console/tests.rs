@@ -70,6 +70,10 @@ fn hostile_buffers() {
     let id = g.submit(TX, &[(at, 16, true)]);
     assert_eq!(g.wait_used(TX), (id, 0), "a transmit buffer that cannot be read");
     assert!(locked(&terminal.shown).is_empty());
+    // The same 4 MiB thirty times over in one chain.
+    let id = g.submit(TX, &[(0x80_0000, 4 << 20, false); 30]);
+    assert_eq!(g.wait_used(TX), (id, 0));
+    assert_eq!(std::mem::take(&mut *locked(&terminal.shown)).len() as u64, MAX_OUTPUT);
     g.submit(TX, &[(0xffff_0000, 16, false)]);
     assert!(g.needs_reset());
     console.input_ready();

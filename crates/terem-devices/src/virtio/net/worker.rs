@@ -31,6 +31,8 @@ pub(super) struct Shared {
     running: Mutex<Running>,
     wake: OwnedFd,
     stop: AtomicBool,
+    /// The carrier's state that the driver knows of.
+    link_up: AtomicBool,
 }
 
 /// The driver's queues while it runs, and how often that has changed.
@@ -47,7 +49,6 @@ struct Worker {
     /// A frame in `received` that waits for a buffer.
     pending: Option<(VnetHeader, usize)>,
     sending: Vec<u8>,
-    link_up: bool,
     life: u64,
 }
 
@@ -65,6 +66,7 @@ enum Wait {
 impl Shared {
     pub(super) fn new(backend: Arc<dyn NetBackend>, driver: Driver) -> std::io::Result<Self> {
         Ok(Self {
+            link_up: AtomicBool::new(backend.link_up()),
             backend,
             driver: Mutex::new(driver),
             running: Mutex::default(),
@@ -78,6 +80,8 @@ impl Shared {
     }
 
     pub(super) fn set_queues(&self, queues: Option<Arc<Queues>>) {
+        // Whatever the driver reads from now on is no older than this.
+        self.link_up.store(self.backend.link_up(), Ordering::Release);
         let mut running = locked(&self.running);
         running.queues = queues;
         running.life += 1;
@@ -87,7 +91,11 @@ impl Shared {
 
     pub(super) fn set_receive_offloads(&self, agreed: Offloads) {
         if let Err(e) = self.backend.set_receive_offloads(agreed) {
-            tracing::warn!(device = KIND.name, "{}: offloads stay as they were: {e}", self.backend.description());
+            tracing::warn!(
+                device = KIND.name,
+                "{}: offloads stay as they were: {e}",
+                self.backend.description()
+            );
         }
     }
 
@@ -108,7 +116,6 @@ impl Shared {
             received: vec![0; VNET_HEADER_LEN + MAX_FRAME],
             pending: None,
             sending: vec![0; MAX_FRAME],
-            link_up: self.backend.link_up(),
             life: 0,
         };
         while !self.stop.load(Ordering::Acquire) {
@@ -125,9 +132,16 @@ impl Shared {
             if let Some(queues) = queues {
                 sends = worker.send(self, &queues);
                 receives = worker.receive(self, &queues);
-                worker.watch_link(self, &queues);
+                self.watch_link(&queues);
             }
             self.sleep(sends, receives);
+        }
+    }
+
+    fn watch_link(&self, queues: &Queues) {
+        let link_up = self.backend.link_up();
+        if self.link_up.swap(link_up, Ordering::AcqRel) != link_up {
+            queues.config_changed();
         }
     }
 
@@ -159,14 +173,6 @@ impl Shared {
 }
 
 impl Worker {
-    fn watch_link(&mut self, shared: &Shared, queues: &Queues) {
-        let link_up = shared.backend.link_up();
-        if link_up != self.link_up {
-            self.link_up = link_up;
-            queues.config_changed();
-        }
-    }
-
     /// Sends what the driver has made available.
     fn send(&mut self, shared: &Shared, queues: &Queues) -> Wait {
         if shared.backend.has_unsent() && shared.backend.flush().is_err() {

@@ -2,9 +2,7 @@
 
 use super::super::Rng;
 use super::super::testing::backends::{MemoryDisk, Terminal};
-use super::super::testing::driver::{
-    ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Guest, NEEDS_RESET, RAM,
-};
+use super::super::testing::driver::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Guest, NEEDS_RESET, RAM};
 use super::super::{Blk, Console};
 use super::*;
 
@@ -190,7 +188,9 @@ fn the_configuration_access_capability_reaches_the_structures() {
     assert_eq!(g.config_read(at + 16, 4), 2048);
     assert_eq!(g.config_read(at + 17, 1), 8);
     // What is no access does nothing and reads as it was written.
-    for (bar, offset, length) in [(0, 0, 4), (4, 0x4000, 4), (4, 0xffff_fffc, 4), (4, 2, 4), (4, 0, 3), (4, 0, 0)] {
+    for (bar, offset, length) in
+        [(0, 0, 4), (4, 0x4000, 4), (4, 0xffff_fffc, 4), (4, 2, 4), (4, 0, 3), (4, 0, 0)]
+    {
         g.config_write(at + 4, 1, bar);
         g.config_write(at + 8, 4, offset);
         g.config_write(at + 12, 4, length);
@@ -232,6 +232,18 @@ fn states_that_do_not_fit_are_refused() {
     let h = guest();
     assert!(h.transport.restore(&bent).is_err());
     assert_eq!(locked(&h.transport.common).registers(), locked(&guest().transport.common).registers());
+    // A failed device can be saved, and is failed when it comes back.
+    let mut broken = guest();
+    broken.start(true, true, 8, 0);
+    broken.add(0, &[(0x1000, 16, false)]);
+    broken.kick(0);
+    assert!(broken.needs_reset());
+    let other = guest();
+    other.transport.restore(&broken.transport.save().unwrap()).unwrap();
+    assert!(other.needs_reset());
+    other.kick(0);
+    other.set_status(0);
+    assert_eq!(other.status(), 0);
     // Saving does not stop a device that was running.
     let at = g.put(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     g.submit(0, &[(at, 16, false), (at + 64, 1, true)]);

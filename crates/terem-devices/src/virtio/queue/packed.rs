@@ -41,10 +41,9 @@ fn advance(position: RingPosition, slots: u16, size: u16) -> RingPosition {
     match u16::try_from(index) {
         Ok(index) if index < size => RingPosition { index, wrap: position.wrap },
         // Below 2 * size, so below 2^16.
-        _ => RingPosition {
-            index: u16::try_from(index - u32::from(size)).unwrap_or(0),
-            wrap: !position.wrap,
-        },
+        _ => {
+            RingPosition { index: u16::try_from(index - u32::from(size)).unwrap_or(0), wrap: !position.wrap }
+        }
     }
 }
 

@@ -69,8 +69,7 @@ impl Split {
             return Err(QueueError::Overcommitted(config.size));
         }
         let slot = u64::from(self.next_available & (config.size - 1));
-        let head: u16 =
-            memory.load(GuestAddress(config.driver + ENTRIES + 2 * slot), Ordering::Relaxed)?;
+        let head: u16 = memory.load(GuestAddress(config.driver + ENTRIES + 2 * slot), Ordering::Relaxed)?;
         let chain = collect(memory, config, u16::from_le(head))?;
         self.next_available = self.next_available.wrapping_add(1);
         *in_flight += 1;

@@ -244,9 +244,11 @@ const HOSTILE_SPLIT: &[Hostile] = &[
         },
         |e| *e == QueueError::Loop,
     ),
-    ("a head beyond the table", |d| d.make_available(8), |e| {
-        *e == QueueError::DescriptorIndex { index: 8, size: 8 }
-    }),
+    (
+        "a head beyond the table",
+        |d| d.make_available(8),
+        |e| *e == QueueError::DescriptorIndex { index: 8, size: 8 },
+    ),
     (
         "next beyond the table",
         |d| {
@@ -255,12 +257,16 @@ const HOSTILE_SPLIT: &[Hostile] = &[
         },
         |e| matches!(e, QueueError::DescriptorIndex { index: 0x8000, .. }),
     ),
-    ("an available index that jumps", |d| d.put16(d.config.driver + 2, 9), |e| {
-        *e == QueueError::AvailableJump { ahead: 9, size: 8 }
-    }),
-    ("an available index that goes back", |d| d.put16(d.config.driver + 2, 0xffff), |e| {
-        matches!(e, QueueError::AvailableJump { ahead: 0xffff, .. })
-    }),
+    (
+        "an available index that jumps",
+        |d| d.put16(d.config.driver + 2, 9),
+        |e| *e == QueueError::AvailableJump { ahead: 9, size: 8 },
+    ),
+    (
+        "an available index that goes back",
+        |d| d.put16(d.config.driver + 2, 0xffff),
+        |e| matches!(e, QueueError::AvailableJump { ahead: 0xffff, .. }),
+    ),
     (
         "an indirect table with a loop",
         |d| {
@@ -306,13 +312,13 @@ fn offer(d: &mut DriverRing) {
 }
 
 const HOSTILE_BOTH: &[Hostile] = &[
-    ("a buffer behind RAM", |d| put(d, 0, RAM, 1, 0), |e| {
-        *e == QueueError::NotRam { addr: RAM, len: 1 }
-    }),
+    ("a buffer behind RAM", |d| put(d, 0, RAM, 1, 0), |e| *e == QueueError::NotRam { addr: RAM, len: 1 }),
     ("a buffer that leaves RAM", |d| put(d, 0, RAM - 8, 9, 2), |e| matches!(e, QueueError::NotRam { .. })),
-    ("a buffer that wraps round", |d| put(d, 0, u64::MAX - 3, 8, 2), |e| {
-        matches!(e, QueueError::NotRam { .. })
-    }),
+    (
+        "a buffer that wraps round",
+        |d| put(d, 0, u64::MAX - 3, 8, 2),
+        |e| matches!(e, QueueError::NotRam { .. }),
+    ),
     ("an absurd length", |d| put(d, 0, DATA, u32::MAX, 0), |e| matches!(e, QueueError::NotRam { .. })),
     ("an empty buffer", |d| put(d, 0, DATA, 0, 0), |e| *e == QueueError::EmptyBuffer { addr: DATA }),
     (
@@ -323,21 +329,23 @@ const HOSTILE_BOTH: &[Hostile] = &[
         },
         |e| *e == QueueError::ReadableAfterWritable,
     ),
-    ("a buffer over the descriptors", |d| put(d, 0, RING - 8, 9, 2), |e| {
-        matches!(e, QueueError::OverlapsRing { .. })
-    }),
-    ("a buffer over the driver area", |d| put(d, 0, d.config.driver, 1, 0), |e| {
-        matches!(e, QueueError::OverlapsRing { .. })
-    }),
-    ("a buffer over the device area", |d| put(d, 0, d.config.device, 2, 2), |e| {
-        matches!(e, QueueError::OverlapsRing { .. })
-    }),
-    ("an indirect table outside RAM", |d| put(d, 0, RAM, 16, 4), |e| {
-        matches!(e, QueueError::NotRam { .. })
-    }),
-    ("an indirect table of 15 bytes", |d| put(d, 0, DATA, 15, 4), |e| {
-        matches!(e, QueueError::Indirect(_))
-    }),
+    (
+        "a buffer over the descriptors",
+        |d| put(d, 0, RING - 8, 9, 2),
+        |e| matches!(e, QueueError::OverlapsRing { .. }),
+    ),
+    (
+        "a buffer over the driver area",
+        |d| put(d, 0, d.config.driver, 1, 0),
+        |e| matches!(e, QueueError::OverlapsRing { .. }),
+    ),
+    (
+        "a buffer over the device area",
+        |d| put(d, 0, d.config.device, 2, 2),
+        |e| matches!(e, QueueError::OverlapsRing { .. }),
+    ),
+    ("an indirect table outside RAM", |d| put(d, 0, RAM, 16, 4), |e| matches!(e, QueueError::NotRam { .. })),
+    ("an indirect table of 15 bytes", |d| put(d, 0, DATA, 15, 4), |e| matches!(e, QueueError::Indirect(_))),
     ("an empty indirect table", |d| put(d, 0, DATA, 0, 4), |e| matches!(e, QueueError::Indirect(_))),
     ("a huge indirect table", |d| put(d, 0, DATA, 16 * 1025, 4), |e| *e == QueueError::ChainTooLong),
     ("indirect and next", |d| put(d, 0, DATA, 16, 4 | 1), |e| matches!(e, QueueError::Indirect(_))),
@@ -422,8 +430,7 @@ fn long_indirect_chains_are_taken_whole() {
     for packed in [false, true] {
         let mut driver = DriverRing::new(memory(), RING, 4, packed, false);
         let mut queue = queue(&driver);
-        let buffers: Vec<Buffer> =
-            (0..TABLE).map(|i| (DATA + 64 * u64::from(i), 64, i > 20)).collect();
+        let buffers: Vec<Buffer> = (0..TABLE).map(|i| (DATA + 64 * u64::from(i), 64, i > 20)).collect();
         driver.add(&buffers, true);
         assert_eq!(flat(&queue.pop().unwrap().unwrap()), buffers);
     }

@@ -55,7 +55,8 @@ impl MemoryDisk {
     }
 
     fn run(&self, request: Request) {
-        let outcome = if self.fail.load(Ordering::Acquire) { Err(IoError::NoSpace) } else { self.apply(&request.op) };
+        let outcome =
+            if self.fail.load(Ordering::Acquire) { Err(IoError::NoSpace) } else { self.apply(&request.op) };
         (request.complete)(outcome);
     }
 

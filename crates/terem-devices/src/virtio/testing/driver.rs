@@ -124,8 +124,7 @@ impl Guest {
         self.config_write(4, 2, 0x6);
         let mut at = u16::try_from(self.config_read(0x34, 1)).unwrap();
         while at != 0 {
-            let structure =
-                (u64::from(self.config_read(at + 8, 4)), u64::from(self.config_read(at + 12, 4)));
+            let structure = (u64::from(self.config_read(at + 8, 4)), u64::from(self.config_read(at + 12, 4)));
             match (self.config_read(at, 1), self.config_read(at + 3, 1)) {
                 (9, 1) => self.common = structure,
                 (9, 2) => {

@@ -75,10 +75,8 @@ impl DriverRing {
     }
 
     pub fn put_descriptor(&self, at: u64, addr: u64, len: u32, third: u16, fourth: u16) {
-        let value = u128::from(addr)
-            | u128::from(len) << 64
-            | u128::from(third) << 96
-            | u128::from(fourth) << 112;
+        let value =
+            u128::from(addr) | u128::from(len) << 64 | u128::from(third) << 96 | u128::from(fourth) << 112;
         self.memory.write_obj(value.to_le_bytes(), GuestAddress(at)).unwrap();
     }
 
@@ -95,7 +93,11 @@ impl DriverRing {
     /// Makes a chain available; returns its ID. The caller sees to it that there is [`Self::room`].
     pub fn add(&mut self, buffers: &[Buffer], indirect: bool) -> u16 {
         assert!(!buffers.is_empty() && self.room() >= if indirect { 1 } else { buffers.len() });
-        if self.config.packed { self.add_packed(buffers, indirect) } else { self.add_split(buffers, indirect) }
+        if self.config.packed {
+            self.add_packed(buffers, indirect)
+        } else {
+            self.add_split(buffers, indirect)
+        }
     }
 
     fn add_split(&mut self, buffers: &[Buffer], indirect: bool) -> u16 {
@@ -221,8 +223,7 @@ impl DriverRing {
                 1 => false,
                 _ => {
                     let lap = |i: u16, w: bool| u32::from(i) + if w { 0 } else { n };
-                    let behind =
-                        lap(self.next, self.wrap) + 4 * n - lap(event & 0x7fff, event & 0x8000 != 0);
+                    let behind = lap(self.next, self.wrap) + 4 * n - lap(event & 0x7fff, event & 0x8000 != 0);
                     (1..=since).contains(&((behind - 1) % (2 * n) + 1))
                 }
             }
@@ -255,10 +256,5 @@ impl DriverRing {
             }
             (false, after) => self.put16(c.driver, u16::from(after.is_none())),
         }
-    }
-
-    /// How many chains the driver waits for.
-    pub fn outstanding(&self) -> usize {
-        self.outstanding.len()
     }
 }

@@ -1,0 +1,255 @@
+//! The command line.
+
+use crate::exit;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use terem_config::ByteSize;
+
+/// Virtual machines with or without hardware virtualisation.
+#[derive(Debug, Parser)]
+#[command(name = "terem", version, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// How much is logged to standard error: error, warn, info, debug, trace, or a list of module=level.
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    pub log: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  terem run --kernel vmlinuz --initrd initrd.img --cmdline 'root=/dev/vda console=ttyS0' debian.qcow2
+  terem run --cpus 4 --memory 4G --net user,forward=tcp:2222:22 machine.toml
+  terem run --name web --detach machine.toml && terem console web";
+
+/// What there is to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a machine.
+    #[command(after_long_help = exit_codes())]
+    Run(RunArguments),
+    /// List the running machines.
+    Ps {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show everything about a running machine, as JSON.
+    Inspect {
+        /// The machine.
+        name: String,
+    },
+    /// Stop a machine: by its power button, and by force if it is still there after a while.
+    Stop {
+        /// The machine.
+        name: String,
+        /// How long the guest may take to shut down, in seconds.
+        #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+        timeout: u64,
+        /// At once and by force, as if its plug were pulled.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Attach this terminal to a machine's console; Ctrl-a x leaves it.
+    Console {
+        /// The machine.
+        name: String,
+    },
+    /// Machine files.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Disk images.
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Show what this host can give to machines.
+    Host {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Machine files.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the JSON schema of machine files.
+    Schema {
+        /// The schema of the control socket's protocol instead.
+        #[arg(long)]
+        control: bool,
+    },
+    /// Check a machine file, telling every mistake.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Print docs/run.md.
+    #[command(hide = true)]
+    Reference,
+}
+
+/// Arguments of `terem run`.
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// A disk image, which becomes the first disk; or a machine file, if the name ends in .toml.
+    ///
+    /// Flags go before what a machine file says: single values replace the file's, --disk adds disks after the file's,
+    /// --net replaces all network interfaces of the file.
+    #[arg(value_name = "DISK|MACHINE.toml")]
+    pub machine: Option<PathBuf>,
+    /// Name of the machine, unique among the running ones.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Number of vCPUs, and their topology.
+    #[arg(long, value_name = "COUNT[,sockets=…]")]
+    pub cpus: Option<String>,
+    /// Memory, such as 512M or 4G.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// CPU model, with features switched on and off.
+    #[arg(long, value_name = "MODEL[,±FLAG…]")]
+    pub cpu: Option<String>,
+    /// What runs the guest's instructions.
+    #[arg(long, value_name = "auto|kvm|soft[,…]")]
+    pub accel: Option<String>,
+    /// A disk; can be repeated.
+    #[arg(long, value_name = "PATH[,format=…]")]
+    pub disk: Vec<String>,
+    /// A network interface; can be repeated.
+    #[arg(long, value_name = "user|tap=NAME|none[,…]")]
+    pub net: Vec<String>,
+    /// A Linux, PVH or multiboot kernel, booted directly.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Command line of the kernel.
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Where the first serial port goes: stdio, none, pty, file:PATH or socket:PATH.
+    #[arg(long, value_name = "WHERE")]
+    pub serial: Option<String>,
+    /// Where a virtio console goes: stdio, none, pty, file:PATH or socket:PATH.
+    #[arg(long, value_name = "WHERE")]
+    pub virtio_console: Option<String>,
+    /// Whether the guest gets an entropy device.
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on")]
+    pub rng: Option<Switch>,
+    /// End where the guest would reset the machine.
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Print the machine as a machine file, and do not run it.
+    #[arg(long)]
+    pub print_config: bool,
+    /// Print where everything of the machine goes, and do not run it.
+    #[arg(long)]
+    pub plan: bool,
+    /// What is printed is JSON: the configuration, the plan, the detached machine, or (on standard error) how it ended.
+    #[arg(long)]
+    pub json: bool,
+    /// Run in the background; returns when the guest runs.
+    #[arg(long)]
+    pub detach: bool,
+    /// This process is the background one: standard output leads to the waiting parent.
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+/// A switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// Disk images.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make an image.
+    Create {
+        /// Its format.
+        #[arg(long, default_value = "qcow2")]
+        format: ImageFormat,
+        /// Backing file, from which everything shows through that is not written.
+        #[arg(long, value_name = "IMAGE", requires = "backing_format")]
+        backing: Option<PathBuf>,
+        /// Format of the backing file.
+        #[arg(long, value_name = "FORMAT", requires = "backing")]
+        backing_format: Option<ImageFormat>,
+        /// Size of a qcow2 cluster.
+        #[arg(long, value_name = "SIZE", default_value = "64K")]
+        cluster_size: ByteSize,
+        /// Replace a file that is there.
+        #[arg(long)]
+        overwrite: bool,
+        /// The image.
+        path: PathBuf,
+        /// Size of the disk, such as 20G. Not given: the backing file's.
+        size: Option<ByteSize>,
+    },
+    /// Show what an image is.
+    Info {
+        /// Its format. Not given: read from the image.
+        #[arg(long)]
+        format: Option<ImageFormat>,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// The image.
+        path: PathBuf,
+    },
+    /// Check an image without changing it.
+    Check {
+        /// Its format. Not given: read from the image.
+        #[arg(long)]
+        format: Option<ImageFormat>,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// The image.
+        path: PathBuf,
+    },
+    /// Copy an image into another format. Zeroes take no space.
+    Convert {
+        /// Format of the source. Not given: read from the image.
+        #[arg(long, value_name = "FORMAT")]
+        from: Option<ImageFormat>,
+        /// Format of the target.
+        #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+        to: ImageFormat,
+        /// Size of a qcow2 cluster.
+        #[arg(long, value_name = "SIZE", default_value = "64K")]
+        cluster_size: ByteSize,
+        /// Replace a file that is there.
+        #[arg(long)]
+        overwrite: bool,
+        /// Print what was made as JSON.
+        #[arg(long)]
+        json: bool,
+        /// The image to copy.
+        source: PathBuf,
+        /// The image to make.
+        target: PathBuf,
+    },
+}
+
+/// Format of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The bytes of the disk as they are.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+fn exit_codes() -> String {
+    let lines = exit::DESCRIPTIONS.map(|(code, text)| format!("  {code:>3}  {text}\n"));
+    format!(
+        "Exit codes:\n{}\nOn a terminal: Ctrl-a x ends the machine, Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a.",
+        lines.concat()
+    )
+}

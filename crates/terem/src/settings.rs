@@ -1,0 +1,160 @@
+//! From arguments to a machine's configuration.
+
+use crate::arguments::{RunArguments, Switch};
+use crate::failure::Failure;
+use std::path::Path;
+use std::str::FromStr;
+use terem_config::{
+    ConfigError, ConfigErrors, DiskConfig, KeyValue, MachineConfig, TextError, from_key_values,
+};
+
+/// The machine that the arguments describe, checked.
+///
+/// # Errors
+/// Every mistake in them and in the machine file.
+pub fn machine(arguments: &RunArguments) -> Result<MachineConfig, Failure> {
+    let file = arguments.machine.as_deref().filter(|path| is_machine_file(path));
+    let mut errors = Vec::new();
+    let mut config = match file.map(terem_config::load) {
+        Some(Ok(config)) => config,
+        Some(Err(ConfigErrors(found))) => {
+            errors.extend(found);
+            MachineConfig::default()
+        }
+        None => MachineConfig::default(),
+    };
+    if let Some(disk) = arguments.machine.as_deref().filter(|_| file.is_none()) {
+        config.disks.push(DiskConfig::new(disk));
+    }
+    apply(arguments, &mut config, &mut errors);
+    // What could not be read has no place to be checked in, and would be told as missing besides.
+    if errors.is_empty()
+        && let Err(ConfigErrors(found)) = config.validate()
+    {
+        errors.extend(found);
+    }
+    ConfigErrors::check(errors)?;
+    Ok(config)
+}
+
+fn is_machine_file(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "toml")
+}
+
+fn apply(arguments: &RunArguments, config: &mut MachineConfig, errors: &mut Vec<ConfigError>) {
+    let mut take = Taker(errors);
+    take.word("memory", arguments.memory.as_deref(), &mut config.memory);
+    take.word("serial", arguments.serial.as_deref(), &mut config.serial);
+    take.word("virtio_console", arguments.virtio_console.as_deref(), &mut config.virtio_console);
+    take.table("cpus", arguments.cpus.as_deref(), &mut config.cpus);
+    take.table("cpu", arguments.cpu.as_deref(), &mut config.cpu);
+    take.table("accel", arguments.accel.as_deref(), &mut config.accel);
+    take.list("disk", &arguments.disk, &mut config.disks);
+    if !arguments.net.is_empty() {
+        config.nets.clear();
+        take.list("net", &arguments.net, &mut config.nets);
+    }
+    replace(arguments.name.as_ref(), &mut config.name);
+    replace(arguments.kernel.as_ref(), &mut config.kernel);
+    replace(arguments.initrd.as_ref(), &mut config.initrd);
+    replace(arguments.cmdline.as_ref(), &mut config.cmdline);
+    if let Some(rng) = arguments.rng {
+        config.rng = rng == Switch::On;
+    }
+    config.no_reboot |= arguments.no_reboot;
+}
+
+fn replace<T: Clone>(given: Option<&T>, target: &mut Option<T>) {
+    if let Some(value) = given {
+        *target = Some(value.clone());
+    }
+}
+
+/// Reads values and gathers what is wrong with them.
+struct Taker<'a>(&'a mut Vec<ConfigError>);
+
+impl Taker<'_> {
+    fn word<T: FromStr<Err = TextError>>(&mut self, key: &str, given: Option<&str>, target: &mut T) {
+        match given.map(T::from_str) {
+            Some(Ok(value)) => *target = value,
+            Some(Err(TextError { why, expected })) => {
+                self.0.push(ConfigError::value(
+                    key,
+                    format!("\"{}\"", given.unwrap_or_default()),
+                    why,
+                    expected,
+                ));
+            }
+            None => {}
+        }
+    }
+
+    fn table<T: KeyValue>(&mut self, key: &str, given: Option<&str>, target: &mut T) {
+        match given.map(from_key_values) {
+            Some(Ok(value)) => *target = value,
+            Some(Err(error)) => self.0.push(error.within(key)),
+            None => {}
+        }
+    }
+
+    fn list<T: KeyValue>(&mut self, key: &str, given: &[String], target: &mut Vec<T>) {
+        for text in given {
+            match from_key_values(text) {
+                Ok(value) => target.push(value),
+                Err(error) => self.0.push(error.within(&format!("{key}[{}]", target.len()))),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arguments::{Arguments, Command};
+    use clap::Parser;
+
+    fn parse(words: &[&str]) -> Result<MachineConfig, Failure> {
+        let words = ["terem", "run"].iter().chain(words);
+        let Command::Run(run) = Arguments::try_parse_from(words).unwrap().command else { unreachable!() };
+        machine(&run)
+    }
+
+    #[test]
+    fn flags_go_before_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.toml");
+        std::fs::write(
+            &file,
+            "memory = \"1G\"\nkernel = \"k\"\ncpus = 2\ndisk = [\"a\"]\nnet = [\"user\", \"tap=t\"]",
+        )
+        .unwrap();
+        let file = file.to_str().unwrap();
+        let config =
+            parse(&["--memory", "2G", "--disk", "b,readonly", "--net", "none", "--rng", "off", file])
+                .unwrap();
+        assert_eq!(config.memory.bytes(), 2 << 30);
+        assert_eq!(config.cpus.count, 2);
+        assert_eq!(config.kernel, Some(dir.path().join("k")));
+        assert_eq!(config.disks.len(), 2);
+        assert_eq!((config.disks[1].path.to_str(), config.disks[1].readonly), (Some("b"), true));
+        assert_eq!((config.nets.len(), config.nics().count(), config.rng), (1, 0, false));
+    }
+
+    #[test]
+    fn disk_comes_first() {
+        let config = parse(&["--kernel", "k", "--disk", "second", "first,odd.qcow2"]).unwrap();
+        let paths: Vec<_> = config.disks.iter().map(|disk| disk.path.to_str().unwrap()).collect();
+        assert_eq!(paths, ["first,odd.qcow2", "second"]);
+    }
+
+    #[test]
+    fn all_mistakes_of_all_flags() {
+        let failure = parse(&["--memory", "4X", "--cpus", "two", "--disk", "a,fromat=raw", "--net", "lan"])
+            .unwrap_err();
+        let text = failure.to_string();
+        for part in ["memory = \"4X\"", "cpus.count = \"two\"", "disk[0].fromat", "net[0].type = \"lan\""] {
+            assert!(text.contains(part), "no `{part}` in\n{text}");
+        }
+        assert_eq!(text.lines().count(), 5, "{text}");
+    }
+}

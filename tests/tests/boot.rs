@@ -1,0 +1,90 @@
+//! Linux boots, with few and many processors, little and much memory, from each kind of image.
+
+use terem_tests::{Guest, alone, cached};
+
+/// Boots and checks that every processor computes right and that the memory is there.
+fn boots(series: &str, cpus: u32, memory: &str, mib: u64) {
+    let _one = alone();
+    let count = cpus.to_string();
+    let guest = Guest::minimal(series, "show,cpus", "", &["--cpus", &count, "--memory", memory]);
+    let ended = guest.finish();
+    ended.assert_clean(0);
+    assert_eq!(ended.value("cpus"), count);
+    assert_eq!(ended.value("cpus-right"), count);
+    let kib: u64 = ended.value("memory").trim_end_matches(" kB").trim().parse().unwrap();
+    // The kernel keeps some for itself: its image, and 1/64 for page structures.
+    assert!(kib > mib * 1024 * 9 / 10 - 80 * 1024 && kib <= mib * 1024, "{kib} KiB of {mib} MiB");
+    assert_eq!(ended.value("clocksource"), "tsc");
+    let trouble: Vec<&str> =
+        ended.console.lines().filter(|l| l.starts_with("TEREM: dmesg") && l.contains("BUG")).collect();
+    assert!(trouble.is_empty(), "{trouble:?}");
+}
+
+#[test]
+fn linux_6_1_with_1_cpu_and_256_mib() {
+    boots("6.1", 1, "256M", 256);
+}
+
+#[test]
+fn linux_6_1_with_2_cpus_and_1_gib() {
+    boots("6.1", 2, "1G", 1024);
+}
+
+#[test]
+fn linux_6_1_with_4_cpus_and_8_gib() {
+    boots("6.1", 4, "8G", 8192);
+}
+
+#[test]
+fn linux_6_12_with_1_cpu_and_8_gib() {
+    boots("6.12", 1, "8G", 8192);
+}
+
+#[test]
+fn linux_6_12_with_2_cpus_and_256_mib() {
+    boots("6.12", 2, "256M", 256);
+}
+
+#[test]
+fn linux_6_12_with_4_cpus_and_3_gib() {
+    boots("6.12", 4, "3G", 3072);
+}
+
+#[test]
+fn the_uncompressed_kernel_boots_by_its_pvh_entry() {
+    let _one = alone();
+    let kernel = cached("kernel-6.12/vmlinux").display().to_string();
+    let initrd = cached("minimal-6.12/initramfs").display().to_string();
+    let cmdline = "console=ttyS0 quiet panic=-1 terem.test=poweroff";
+    let guest = Guest::start(["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline, "--memory", "512M"]);
+    let ended = guest.finish();
+    ended.assert_clean(0);
+    assert!(ended.console.contains("TEREM: end poweroff"));
+}
+
+#[test]
+fn clocks_and_entropy_and_the_virtio_console_work() {
+    let _one = alone();
+    let ended = Guest::minimal("6.1", "time,rng", "", &["--rng", "on"]).finish();
+    ended.assert_clean(0);
+    let slept: u64 = ended.value("slept-ms").parse().unwrap();
+    assert!((950..60_000).contains(&slept), "slept {slept} ms");
+    let seconds: u64 = ended.value("realtime-s").parse().unwrap();
+    assert!((1..60).contains(&seconds), "two seconds took {seconds}");
+    assert_eq!(ended.value("rng-bytes"), "64");
+    assert_ne!(ended.value("rng"), "0".repeat(128));
+}
+
+#[test]
+fn a_reboot_boots_again() {
+    let _one = alone();
+    let guest = Guest::minimal("6.1", "reboot", "", &[]);
+    guest.wait_for("TEREM: end reboot");
+    // The second life begins as the first did.
+    let mut seen = 0;
+    while seen < 2 {
+        seen = guest.wait_for("TEREM: init").matches("TEREM: init").count();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    guest.kill();
+}

@@ -21,6 +21,7 @@ test: guests
 
 # The quick loop: format, lints, unit tests.
 check: shellcheck
+	guest/setup --test
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo test --workspace --lib --bins
@@ -32,7 +33,6 @@ shellcheck:
 # What the tests run: kernels, the minimal guests, the Debian guest.
 guests:
 	guest/setup --test
-	guest/setup
 	guest/minimal 6.1
 	guest/minimal 6.12
 	cargo build --release --workspace

@@ -20,7 +20,7 @@ need() {
 side() {
   case $1 in
     terem)
-      command=("$TEREM" run --name "bench-$$" --cpus "$5" --memory "${6}M" --net none
+      command=("$TEREM" run --name "bench-$$-$RANDOM" --cpus "$5" --memory "${6}M" --net none
         --kernel "$2" --initrd "$3" --cmdline "$4")
       ;;
     qemu)

@@ -10,9 +10,6 @@ use crate::IoError;
 use crate::engine::{Action, Engine, Job, Vectors, View};
 use crate::range_lock::RangeLock;
 
-/// Most bytes in one read or write system call; keeps lengths far below what the kernel cuts off.
-const MAX_TRANSFER: u64 = 1 << 30;
-
 /// An open file and the engine for its I/O.
 pub(crate) struct File {
     engine: Rc<Engine>,
@@ -104,9 +101,9 @@ impl File {
         if self.align == 1 {
             return self.read_aligned(offset, views, total).await;
         }
-        let fits = Vectors::new(views, 0).0.aligned(to_usize(self.align));
-        let pieces: usize = Vectors::new(views, 0).1;
-        if offset.is_multiple_of(self.align) && fits && pieces == total {
+        let (vectors, pieces) = Vectors::new(views, 0);
+        let fits = pieces == total && vectors.aligned(to_usize(self.align));
+        if fits && offset.is_multiple_of(self.align) {
             return self.read_aligned(offset, views, total).await;
         }
         let start = offset - offset % self.align;
@@ -153,7 +150,7 @@ impl File {
     pub(crate) async fn write(&self, offset: u64, views: &[View]) -> Result<(), IoError> {
         let total: usize = views.iter().map(View::len).sum();
         let end = offset.checked_add(total as u64).ok_or(IoError::Os(libc::EFBIG))?;
-        // Before, not after: should it fail midway, what was there reads as zeroes no more.
+        // Before, not after: should it fail midway, that place may not read as zeroes any more.
         self.len.set(self.len.get().max(end));
         if self.align > 1 {
             let (vectors, pieces) = Vectors::new(views, 0);
@@ -308,7 +305,7 @@ impl File {
                 Ok(())
             }
             Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS)) => {
-                self.write(offset, &[View::zeroed(to_usize(length.min(MAX_TRANSFER)))]).await
+                self.write_zeroes(offset, length, false).await
             }
             Err(e) => Err(e),
         }

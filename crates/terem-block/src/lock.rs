@@ -10,6 +10,7 @@ mod holder;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 pub use holder::Holder;
 
@@ -28,11 +29,27 @@ const WRITE: i64 = 1;
 /// `BLK_PERM_RESIZE`.
 const RESIZE: i64 = 3;
 
+/// How long to wait for a lock that no process holds any more: after a kill the kernel closes the files of
+/// an `io_uring` only once its last requests have ended.
+const LAST_BREATH: Duration = Duration::from_secs(1);
+
 /// Locks the image for as long as `fd`'s open file lives: to write it alone, or to read it with others.
 ///
 /// # Errors
 /// [`OpenError::Busy`] with the processes that hold it; [`OpenError::Io`] when the file system has no locks.
 pub(crate) fn lock_image(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(), OpenError> {
+    let begun = Instant::now();
+    loop {
+        match try_lock(fd, path, writing) {
+            Err(OpenError::Busy { holders, .. }) if holders.is_empty() && begun.elapsed() < LAST_BREATH => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn try_lock(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(), OpenError> {
     let uses: &[i64] = if writing { &[CONSISTENT_READ, WRITE, RESIZE] } else { &[CONSISTENT_READ] };
     let denies = [WRITE, RESIZE];
     let ours = uses.iter().map(|n| USED + n).chain(denies.iter().map(|n| DENIED + n));
@@ -47,6 +64,7 @@ pub(crate) fn lock_image(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(),
             Ok(()) => {}
             // Someone has an exclusive lock there: not QEMU, but it wants to be alone.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                release(fd, ours).map_err(fail)?;
                 return Err(busy(fd, path, writing));
             }
             Err(e) => return Err(fail(e)),
@@ -54,13 +72,15 @@ pub(crate) fn lock_image(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(),
     }
     for byte in theirs {
         if ofd::is_locked(fd.as_fd(), byte).map_err(fail)? {
-            for byte in ours {
-                ofd::unlock(fd.as_fd(), byte).map_err(fail)?;
-            }
+            release(fd, ours).map_err(fail)?;
             return Err(busy(fd, path, writing));
         }
     }
     Ok(())
+}
+
+fn release(fd: &OwnedFd, mut bytes: impl Iterator<Item = i64>) -> io::Result<()> {
+    bytes.try_for_each(|byte| ofd::unlock(fd.as_fd(), byte))
 }
 
 fn busy(fd: &OwnedFd, path: &Path, writing: bool) -> OpenError {

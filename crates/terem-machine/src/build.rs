@@ -13,8 +13,8 @@ use terem_memory::{GuestMemory, MemoryError};
 use terem_soft::{SoftAccelerator, SoftConfig};
 
 use crate::acpi::{Description, Tables, TablesError};
-use crate::board::q35::{Connections, Q35};
 use crate::board::BoardError;
+use crate::board::q35::{Connections, Q35};
 use crate::boot::{BootError, BootFiles, Loaded};
 use crate::consoles::{ConsoleError, Line, Opener, SerialEnd};
 use crate::disks::{self, DiskError};
@@ -161,7 +161,11 @@ impl Machine {
     }
 }
 
-fn accelerator(plan: &Plan, bus: &Arc<Bus>, memory: &GuestMemory) -> Result<Arc<dyn Accelerator>, BuildError> {
+fn accelerator(
+    plan: &Plan,
+    bus: &Arc<Bus>,
+    memory: &GuestMemory,
+) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
     let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
     let config = SoftConfig { model, topology: c.topology(), phys_bits: plan.memory.phys_bits };

@@ -256,7 +256,11 @@ fn read_from(
             match from.read(&mut buffer) {
                 Ok(0) => return,
                 Ok(n) => line.push_all(&buffer[..n]),
-                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+                    ) => {}
                 Err(_) => return,
             }
         }
@@ -312,7 +316,11 @@ fn socket(path: &Path) -> std::io::Result<Arc<Line>> {
                 },
                 Some(mut stream) => match stream.read(&mut buffer) {
                     Ok(n) if n > 0 => line.push_all(&buffer[..n]),
-                    Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                    Err(e)
+                        if matches!(
+                            e.kind(),
+                            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                        ) => {}
                     _ => *locked(&client.0) = None,
                 },
             }

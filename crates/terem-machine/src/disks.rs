@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use terem_block::{AioEngine, BackingFile, BackingPolicy, Cache, CreateOptions, Disk, Format, OpenError, OpenOptions};
+use terem_block::{
+    AioEngine, BackingFile, BackingPolicy, Cache, CreateOptions, Disk, Format, OpenError, OpenOptions,
+};
 use terem_config::{AioMode, CacheMode, DiscardMode, DiskConfig, DiskFormat};
 
 /// Why a disk cannot be had.
@@ -58,7 +60,11 @@ fn options(config: &DiskConfig) -> OpenOptions {
 /// Opens a disk.
 pub(crate) fn open(config: &DiskConfig) -> Result<Arc<Disk>, DiskError> {
     let failed = |source| DiskError::Open { path: config.path.clone(), source };
-    if config.snapshot { overlay(config) } else { Disk::open(&config.path, &options(config)).map(Arc::new).map_err(failed) }
+    if config.snapshot {
+        overlay(config)
+    } else {
+        Disk::open(&config.path, &options(config)).map(Arc::new).map_err(failed)
+    }
 }
 
 /// Opens a temporary qcow2 image on top of the disk. Its name is removed at once: the storage goes with the
@@ -102,7 +108,8 @@ impl OverlayDir {
         let base: &Path = if base.is_dir() { &base } else { Path::new("/tmp") };
         for attempt in 0..1000 {
             let path = base.join(format!("terem-{}-{attempt}", std::process::id()));
-            let made = std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path);
+            let made =
+                std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path);
             match made {
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
                 made => return made.map(|()| Self(path)),

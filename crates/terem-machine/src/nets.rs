@@ -22,7 +22,9 @@ pub enum NetError {
     #[error("net: {0}")]
     Tap(#[from] TapError),
     /// An inherited descriptor.
-    #[error("net: descriptor {fd} cannot be taken over: {source}; it must be open in the process that starts the machine")]
+    #[error(
+        "net: descriptor {fd} cannot be taken over: {source}; it must be open in the process that starts the machine"
+    )]
     Descriptor {
         /// Its number.
         fd: i32,

@@ -36,8 +36,8 @@ pub struct TripleFault {
 impl fmt::Display for TripleFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const NAMES: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-            "r15",
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+            "r14", "r15",
         ];
         let s = &self.state;
         let cs = s.segments[VcpuState::CS];
@@ -54,11 +54,7 @@ impl fmt::Display for TripleFault {
             " cr0 {:08x} cr2 {:016x} cr3 {:016x} cr4 {:08x} efer {:x}",
             s.cr0, s.cr2, s.cr3, s.cr4, s.msrs.efer
         )?;
-        write!(
-            f,
-            " gdt {:016x}+{:x} idt {:016x}+{:x}",
-            s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit
-        )
+        write!(f, " gdt {:016x}+{:x} idt {:016x}+{:x}", s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit)
     }
 }
 

@@ -64,7 +64,9 @@ pub enum SaveError {
         found: u32,
     },
     /// It is another machine's.
-    #[error("the saved state is of a machine with another {0}; restore it with the configuration it was saved with")]
+    #[error(
+        "the saved state is of a machine with another {0}; restore it with the configuration it was saved with"
+    )]
     OtherMachine(String),
     /// A device refused its state.
     #[error("device {name}: {source}")]
@@ -143,10 +145,12 @@ impl Parts<'_> {
     /// Goes on from a state that [`Self::read`] gave. After an error the machine cannot run.
     pub(crate) fn restore(&self, dir: &Path, saved: &SavedMachine) -> Result<(), SaveError> {
         restore_memory(self.memory, &dir.join("memory"))?;
-        let mut states: std::collections::HashMap<_, _> = saved.devices.iter().map(|(n, s)| (n.as_str(), s)).collect();
+        let mut states: std::collections::HashMap<_, _> =
+            saved.devices.iter().map(|(n, s)| (n.as_str(), s)).collect();
         for (name, device) in self.board.devices() {
             let state = states.remove(name.as_str());
-            let state = state.ok_or_else(|| SaveError::OtherMachine(format!("set of devices (no {name})")))?;
+            let state =
+                state.ok_or_else(|| SaveError::OtherMachine(format!("set of devices (no {name})")))?;
             device.restore(state).map_err(|source| SaveError::Device { name, source })?;
         }
         if let Some(name) = states.keys().next() {

@@ -164,7 +164,8 @@ fn system(plan: &Plan) -> Structure {
     let hash = |seed: u64| {
         plan.name.bytes().fold(seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
     };
-    let mut uuid = [hash(0xcbf2_9ce4_8422_2325).to_le_bytes(), hash(0x9e37_79b9_7f4a_7c15).to_le_bytes()].concat();
+    let mut uuid =
+        [hash(0xcbf2_9ce4_8422_2325).to_le_bytes(), hash(0x9e37_79b9_7f4a_7c15).to_le_bytes()].concat();
     uuid[7] = uuid[7] & 0x0f | 0x80; // version 8: custom (RFC 9562, 5.8); the field is little-endian
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Structure::new(1, handle::SYSTEM)
@@ -298,7 +299,8 @@ mod tests {
     fn structures_have_the_lengths_of_their_version() {
         let s = Smbios::new(&plan(ByteSize::gib(4)));
         let kinds: Vec<_> = walk(&s.table).into_iter().map(|(k, l, _)| (k, l)).collect();
-        let lengths = [(0, 24), (1, 27), (3, 22), (4, 48), (16, 23), (17, 40), (19, 31), (19, 31), (32, 11), (127, 4)];
+        let lengths =
+            [(0, 24), (1, 27), (3, 22), (4, 48), (16, 23), (17, 40), (19, 31), (19, 31), (32, 11), (127, 4)];
         assert_eq!(kinds, lengths);
         assert_eq!(walk(&s.table)[1].2[0], "Teremok");
         assert_eq!(s.entry.iter().fold(0_u8, |a, b| a.wrapping_add(*b)), 0);

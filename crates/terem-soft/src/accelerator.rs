@@ -63,7 +63,8 @@ impl SoftAccelerator {
     }
 
     pub(crate) fn make(&self, id: u32) -> Result<Box<Cpu>, CpuError> {
-        let apic = self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
+        let apic =
+            self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
         let c = &self.config;
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
@@ -181,9 +182,7 @@ impl Cpu {
             (s.segments[VcpuState::SS].access >> 5 & 3) as u8
         };
         self.set_rflags(s.rflags);
-        self.apic
-            .restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset)
-            .map_err(CpuError::State)?;
+        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
         self.blocks.clear();
         self.flush_tlb();
         self.refresh_mode();
@@ -194,6 +193,7 @@ impl Cpu {
 impl Vcpu for Cpu {
     fn run(&mut self) -> Stop {
         let stop = Cpu::run(self);
+        self.take_mxcsr();
         tracing::debug!(vcpu = self.id, ?stop, stats = ?self.stats, "vCPU stopped");
         stop
     }

@@ -480,7 +480,9 @@ impl Apic {
         {
             let mut r = locked(&self.registers);
             match message.mode {
-                DeliveryMode::Fixed | DeliveryMode::LowestPriority => r.request(message.vector, message.level_triggered),
+                DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
+                    r.request(message.vector, message.level_triggered)
+                }
                 DeliveryMode::Nmi => r.nmi = true,
                 DeliveryMode::Init if message.assert => r.init = true,
                 DeliveryMode::StartUp => r.start_up = Some(message.vector),
@@ -571,7 +573,9 @@ impl Apic {
             }
             reg::SELF_IPI => self.send(low & 0xff | 1 << 18 | 1 << 14, 0, true),
             reg::EOI | reg::ESR if low != 0 => return false,
-            reg::TPR | reg::EOI | reg::SVR | reg::ESR | 0x2f | reg::DIVIDE => self.write_register(bus, index, low),
+            reg::TPR | reg::EOI | reg::SVR | reg::ESR | 0x2f | reg::DIVIDE => {
+                self.write_register(bus, index, low)
+            }
             reg::LVT_TIMER..=reg::INITIAL => self.write_register(bus, index, low),
             _ => return false,
         }
@@ -617,7 +621,13 @@ impl Apic {
     }
 
     /// Loads a state, and the NMI latch.
-    pub(crate) fn restore(&self, state: &ApicState, nmi: bool, bus: &Bus, tsc_offset: u64) -> Result<(), String> {
+    pub(crate) fn restore(
+        &self,
+        state: &ApicState,
+        nmi: bool,
+        bus: &Bus,
+        tsc_offset: u64,
+    ) -> Result<(), String> {
         let registers: [u32; 64] = state
             .registers
             .as_slice()

@@ -153,7 +153,9 @@ impl Cpu {
             // A block that goes on to the next page is only right while that page is where it was.
             let second = known.pages[1].0;
             if second == known.pages[0].0
-                || self.translate(self.wrap((linear & PAGE_MASK).wrapping_add(0x1000)), Access::Execute)? >> 12 == second
+                || self.translate(self.wrap((linear & PAGE_MASK).wrapping_add(0x1000)), Access::Execute)?
+                    >> 12
+                    == second
             {
                 let block = &raw const **known_ref(&self.blocks, &key);
                 self.remember(linear, at, block, second != physical >> 12);

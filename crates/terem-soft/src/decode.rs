@@ -1,6 +1,8 @@
 //! From bytes to [`Op`]s: `iced-x86` decodes, the instruction modules choose handlers.
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+};
 use terem_cpu::FeatureSet;
 
 use crate::cpu::Cpu;
@@ -95,11 +97,32 @@ impl InstructionSet {
     #[must_use]
     pub fn new(features: &FeatureSet) -> Self {
         use CpuidFeature as F;
-        let mut set = Self { allowed: vec![false; CpuidFeature::values().len()], options: DecoderOptions::NONE };
+        let mut set =
+            Self { allowed: vec![false; CpuidFeature::values().len()], options: DecoderOptions::NONE };
         let always = [
-            F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::INTEL8086_ONLY, F::X64, F::CPUID,
-            F::FPU, F::FPU287, F::FPU387, F::MULTIBYTENOP, F::PAUSE, F::RDPMC, F::SMM,
-            F::INTEL286_ONLY, F::INTEL386_ONLY, F::CET_IBT, F::PREFETCHW, F::PREFETCHWT1, F::CX8, F::TSC, F::MSR,
+            F::INTEL8086,
+            F::INTEL186,
+            F::INTEL286,
+            F::INTEL386,
+            F::INTEL486,
+            F::INTEL8086_ONLY,
+            F::X64,
+            F::CPUID,
+            F::FPU,
+            F::FPU287,
+            F::FPU387,
+            F::MULTIBYTENOP,
+            F::PAUSE,
+            F::RDPMC,
+            F::SMM,
+            F::INTEL286_ONLY,
+            F::INTEL386_ONLY,
+            F::CET_IBT,
+            F::PREFETCHW,
+            F::PREFETCHWT1,
+            F::CX8,
+            F::TSC,
+            F::MSR,
         ];
         for f in always {
             set.allowed[f as usize] = true;
@@ -210,7 +233,18 @@ fn memory_operand(insn: &Instruction, mode: Mode, op: &mut Op) {
     (op.base, op.index) = (slot(base), slot(index));
     op.shift = insn.memory_index_scale().trailing_zeros() as u8;
     op.disp = insn.memory_displacement64();
-    op.segment = segment_number(insn.memory_segment());
+    op.segment = operand_segment(insn, mode);
+}
+
+/// The memory operand's segment. In 64-bit mode prefixes for ES, CS, SS and DS mean nothing, so that whether
+/// a bad address is `#SS` or `#GP` depends on the base register only.
+fn operand_segment(insn: &Instruction, mode: Mode) -> u8 {
+    if mode.code != CodeSize::Code64 || matches!(insn.memory_segment(), Register::FS | Register::GS) {
+        return segment_number(insn.memory_segment());
+    }
+    let on_stack =
+        matches!(insn.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+    segment_number(if on_stack { Register::SS } else { Register::DS })
 }
 
 fn address_flag(bytes: usize) -> u8 {
@@ -278,7 +312,9 @@ fn operands(insn: &Instruction, mode: Mode, op: &mut Op) {
                 }
                 registers += 1;
             }
-            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => op.imm = insn.near_branch_target(),
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
+                op.imm = insn.near_branch_target()
+            }
             OpKind::FarBranch16 | OpKind::FarBranch32 => {}
             OpKind::Memory => memory = true,
             OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => op.flags |= ADDR16,
@@ -292,7 +328,7 @@ fn operands(insn: &Instruction, mode: Mode, op: &mut Op) {
     if memory {
         memory_operand(insn, mode, op);
     } else if insn.is_string_instruction() || insn.memory_segment() != Register::None {
-        op.segment = segment_number(insn.memory_segment());
+        op.segment = operand_segment(insn, mode);
     }
 }
 
@@ -307,17 +343,22 @@ fn unit(insn: &Instruction, mode: Mode) -> Option<Handler> {
             Unit::On => return None,
             other => other,
         },
-        Mnemonic::Crc32 | Mnemonic::Popcnt | Mnemonic::Movnti | Mnemonic::Lfence | Mnemonic::Mfence => return None,
+        Mnemonic::Crc32 | Mnemonic::Popcnt | Mnemonic::Movnti | Mnemonic::Lfence | Mnemonic::Mfence => {
+            return None;
+        }
         Mnemonic::Sfence | Mnemonic::Pause | Mnemonic::Prefetchnta | Mnemonic::Prefetcht0 => return None,
         Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 | Mnemonic::Clflush => return None,
         _ if insn.is_string_instruction() => return None,
         _ if has(&[F::FPU, F::FPU287, F::FPU387]) => mode.x87,
-        _ if (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm())
+        _ if (0..insn.op_count())
+            .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm())
             || insn.mnemonic() == Mnemonic::Emms =>
         {
             mode.mmx
         }
-        _ if has(&[F::SSE, F::SSE2, F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ]) => mode.sse,
+        _ if has(&[F::SSE, F::SSE2, F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ]) => {
+            mode.sse
+        }
         _ => return None,
     };
     match state {
@@ -338,7 +379,9 @@ fn ends_block(insn: &Instruction) -> bool {
     }
     let writes_segment = insn.op_count() > 0
         && insn.op0_kind() == OpKind::Register
-        && (insn.op0_register().is_segment_register() || insn.op0_register().is_cr() || insn.op0_register().is_dr());
+        && (insn.op0_register().is_segment_register()
+            || insn.op0_register().is_cr()
+            || insn.op0_register().is_dr());
     writes_segment
         || matches!(
             insn.mnemonic(),

@@ -65,7 +65,11 @@ impl Cpu {
             Kind::Fault => self.rflags() | rflags::RF,
             _ => self.rflags(),
         };
-        if self.long_mode() { self.deliver_long(fault, rip, flags) } else { self.deliver_32(fault, rip, flags) }
+        if self.long_mode() {
+            self.deliver_long(fault, rip, flags)
+        } else {
+            self.deliver_32(fault, rip, flags)
+        }
     }
 
     /// Through the interrupt vector table (SDM vol. 3, 20.1.4).
@@ -151,7 +155,8 @@ impl Cpu {
             old_rsp
         };
         rsp &= !15;
-        let frame = [u64::from(old_ss), old_rsp, flags, u64::from(self.segments[VcpuState::CS].selector), rip];
+        let frame =
+            [u64::from(old_ss), old_rsp, flags, u64::from(self.segments[VcpuState::CS].selector), rip];
         let was = self.cpl;
         // The frame is written with the privilege of the handler.
         let pushed = self.with_privilege(cpl, |cpu| {
@@ -201,7 +206,8 @@ impl Cpu {
         if from_vm && cpl != 0 {
             return Err(Fault::with_code(vector::GP, u32::from(cs.selector & !3) | external));
         }
-        let old = [VcpuState::GS, VcpuState::FS, VcpuState::DS, VcpuState::ES].map(|s| self.segments[s].selector);
+        let old =
+            [VcpuState::GS, VcpuState::FS, VcpuState::DS, VcpuState::ES].map(|s| self.segments[s].selector);
         let (old_ss, old_esp) = (self.segments[VcpuState::SS].selector, self.gpr[4]);
         let (ss, mut esp) = if cpl < self.cpl || from_vm {
             self.inner_stack(cpl, external)?
@@ -367,7 +373,10 @@ impl Cpu {
         let target = d.segment(cs);
         let bad = Fault::with_code(vector::GP, u32::from(cs & !3));
         let conforming = target.access & Segment::DOWN != 0;
-        if !d.is_code() || rpl < self.cpl || (conforming && target.dpl() > rpl) || (!conforming && target.dpl() != rpl)
+        if !d.is_code()
+            || rpl < self.cpl
+            || (conforming && target.dpl() > rpl)
+            || (!conforming && target.dpl() != rpl)
         {
             return Err(bad);
         }
@@ -447,11 +456,8 @@ impl Cpu {
             return Err(Fault::GP0);
         }
         self.stack_release(op, size * 3);
-        self.segments[VcpuState::CS] = Segment {
-            selector: cs,
-            base: u64::from(cs) << 4,
-            ..self.segments[VcpuState::CS]
-        };
+        self.segments[VcpuState::CS] =
+            Segment { selector: cs, base: u64::from(cs) << 4, ..self.segments[VcpuState::CS] };
         self.rip = rip;
         let mut mask = rflags::ARITHMETIC | rflags::TF | rflags::IF | rflags::DF | rflags::NT;
         if !vm {

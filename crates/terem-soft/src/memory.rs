@@ -51,10 +51,7 @@ impl Cpu {
     #[inline(always)]
     #[must_use]
     pub fn offset(&self, op: &Op) -> u64 {
-        let at = self
-            .slot(op.base)
-            .wrapping_add(self.slot(op.index) << op.shift)
-            .wrapping_add(op.disp);
+        let at = self.slot(op.base).wrapping_add(self.slot(op.index) << op.shift).wrapping_add(op.disp);
         if op.flags & (ADDR32 | ADDR16) == 0 {
             at
         } else if op.flags & ADDR32 != 0 {

@@ -278,7 +278,14 @@ impl Cpu {
         self.stats.page_walks += 1;
         if self.cr0 & cr0::PG == 0 {
             let physical = linear & 0xffff_ffff;
-            return Ok(Mapping { physical, bits: 12, user: true, writable: true, executable: true, dirty: true });
+            return Ok(Mapping {
+                physical,
+                bits: 12,
+                user: true,
+                writable: true,
+                executable: true,
+                dirty: true,
+            });
         }
         let found = loop {
             let found = if self.cr4 & cr4::PAE == 0 {
@@ -415,7 +422,9 @@ impl Cpu {
         let ok = match access {
             Access::Read => to_user || !user,
             Access::Write => (to_user || !user) && (writable || (!user && self.cr0 & cr0::WP == 0)),
-            Access::Execute => executable && if user { to_user } else { !to_user || self.cr4 & cr4::SMEP == 0 },
+            Access::Execute => {
+                executable && if user { to_user } else { !to_user || self.cr4 & cr4::SMEP == 0 }
+            }
         };
         let kept_out = smap && to_user && access != Access::Execute;
         if ok && !kept_out { Ok(()) } else { Err(code::PRESENT) }

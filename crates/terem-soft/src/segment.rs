@@ -187,7 +187,13 @@ impl Cpu {
         if s.access & Segment::UNUSABLE != 0 && self.protected() {
             return bad;
         }
-        if self.protected() && if write { code || s.access & Segment::WRITABLE == 0 } else { code && s.access & Segment::WRITABLE == 0 } {
+        if self.protected()
+            && if write {
+                code || s.access & Segment::WRITABLE == 0
+            } else {
+                code && s.access & Segment::WRITABLE == 0
+            }
+        {
             return bad;
         }
         let inside = if !code && s.access & Segment::DOWN != 0 {
@@ -257,7 +263,14 @@ impl Cpu {
     }
 
     /// `jmp far` and `call far` to `selector:offset`; `size` is the operand size in bytes.
-    pub(crate) fn far_transfer(&mut self, op: &Op, selector: u16, offset: u64, size: u64, call: bool) -> Exec {
+    pub(crate) fn far_transfer(
+        &mut self,
+        op: &Op,
+        selector: u16,
+        offset: u64,
+        size: u64,
+        call: bool,
+    ) -> Exec {
         let back = [u64::from(self.segments[VcpuState::CS].selector), self.next_rip(op)];
         if !self.protected() {
             if offset > 0xffff && self.segments[VcpuState::CS].limit == 0xffff {
@@ -294,7 +307,8 @@ impl Cpu {
             return Err(Fault::with_code(vector::NP, code));
         }
         let to64 = self.long_mode() && target.access & Segment::LONG != 0;
-        if if to64 { (offset as i64) << 16 >> 16 != offset as i64 } else { offset > u64::from(target.limit) } {
+        if if to64 { (offset as i64) << 16 >> 16 != offset as i64 } else { offset > u64::from(target.limit) }
+        {
             return Err(Fault::GP0);
         }
         if call {
@@ -342,7 +356,13 @@ impl Cpu {
             return Err(Fault::with_code(vector::NP, code));
         }
         let conforming = target.access & Segment::DOWN != 0;
-        let size = if long { 8 } else if kind == 12 { 4 } else { 2 };
+        let size = if long {
+            8
+        } else if kind == 12 {
+            4
+        } else {
+            2
+        };
         let back = [u64::from(self.segments[VcpuState::CS].selector), self.next_rip(op)];
         let cpl = if conforming { self.cpl } else { target.dpl() };
         if cpl < self.cpl {
@@ -366,8 +386,11 @@ impl Cpu {
         let mut values = old.to_vec();
         let (ss, sp) = if self.long_mode() {
             let rsp: u64 = self.load_system(self.tr.base.wrapping_add(4 + u64::from(cpl) * 8))?;
-            let null_ss =
-                Segment { selector: u16::from(cpl), access: Segment::UNUSABLE | u32::from(cpl) << 5, ..Segment::default() };
+            let null_ss = Segment {
+                selector: u16::from(cpl),
+                access: Segment::UNUSABLE | u32::from(cpl) << 5,
+                ..Segment::default()
+            };
             (null_ss, rsp)
         } else {
             for i in (0..u64::from(parameters)).rev() {
@@ -414,7 +437,10 @@ impl Cpu {
         let rpl = (cs & 3) as u8;
         let code = u32::from(cs & !3);
         let conforming = target.access & Segment::DOWN != 0;
-        if !d.is_code() || rpl < self.cpl || (conforming && target.dpl() > rpl) || (!conforming && target.dpl() != rpl)
+        if !d.is_code()
+            || rpl < self.cpl
+            || (conforming && target.dpl() > rpl)
+            || (!conforming && target.dpl() != rpl)
         {
             return Err(Fault::with_code(vector::GP, code));
         }

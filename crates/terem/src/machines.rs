@@ -128,24 +128,37 @@ pub fn stop(name: &str, seconds: u64, force: bool) -> Result<Exit, Failure> {
     let failed = |error: ClientError| refused("stop", name, &error);
     let mut client = connect("stop", name)?;
     if !force {
-        client.call(Command::Stop { force: false }).map_err(failed)?;
-        if client.wait_for_end(Duration::from_secs(seconds)).map_err(failed)? {
+        if ask(&mut client, false).map_err(failed)?
+            || client.wait_for_end(Duration::from_secs(seconds)).map_err(failed)?
+        {
             return Ok(Exit::Success);
         }
         stdio::tell(&format!(
             "terem: {name} has not switched itself off within {seconds} s; it is stopped by force"
         ));
     }
-    match client.call(Command::Stop { force: true }) {
-        // It may be gone before it has answered.
-        Ok(_) | Err(ClientError::Io(_)) => {}
-        Err(error) => return Err(failed(error)),
+    if ask(&mut client, true).map_err(failed)? {
+        return Ok(Exit::Success);
     }
     if client.wait_for_end(KILL).map_err(failed)? {
         Ok(Exit::Success)
     } else {
         Err(Failure::host(format!("cannot stop {name}: it has not ended within {} s", KILL.as_secs()))
             .hint("`terem ps` shows its process id, which can be killed"))
+    }
+}
+
+/// Asks a machine to stop. `true` if it was gone before it had answered.
+fn ask(client: &mut Client, force: bool) -> Result<bool, ClientError> {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match client.call(Command::Stop { force }) {
+        Ok(_) => Ok(false),
+        Err(ClientError::Io(error))
+            if matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof) =>
+        {
+            Ok(true)
+        }
+        Err(error) => Err(error),
     }
 }
 

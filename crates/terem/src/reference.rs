@@ -65,7 +65,11 @@ fn values(schema: &Value, property: &Value) -> String {
     if let Some(choices) = property["oneOf"].as_array().or_else(|| property["anyOf"].as_array()) {
         let choices: Vec<String> =
             choices.iter().map(|choice| values(schema, choice)).filter(|text| text != "null").collect();
-        return choices.join("|");
+        return if choices.iter().any(|choice| choice == "TABLE") {
+            "table, see below".into()
+        } else {
+            choices.join("|")
+        };
     }
     if let Some(choice) = property["const"].as_str() {
         return choice.into();
@@ -128,7 +132,8 @@ the first disk. Flags go before the file: single values replace the file's, `--d
 replaces all of the file's network interfaces. `--print-config` writes the result as a machine file.
 
 Values that are tables are written `key=value,key=value`. The first word may stand alone: it belongs to the main key. A later
-word alone means `on`. A key with several values is repeated. A comma inside a value is doubled.
+word alone means `on`. A key with several values is repeated. A comma inside a value is doubled. In a machine file `on` and
+`off` are `true` and `false`, and a key with several values has a list.
 
 ## Flags
 

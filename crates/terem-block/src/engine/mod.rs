@@ -22,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 pub(crate) use vectors::{Vectors, View};
@@ -31,25 +32,46 @@ use crate::{AioEngine, OpenError};
 pub(crate) mod ofd;
 
 /// Wakes a sleeping engine from any thread.
+///
+/// Two flags save the system calls while the engine is awake. Either the ringer sees `asleep`, and writes to
+/// the descriptor that ends the sleep; or the engine, which sets `asleep` before it looks at `rung`, sees
+/// that and does not sleep.
 #[derive(Debug)]
-pub(crate) struct Bell(OwnedFd);
+pub(crate) struct Bell {
+    fd: OwnedFd,
+    rung: AtomicBool,
+    asleep: AtomicBool,
+}
 
 impl Bell {
     fn new() -> io::Result<Self> {
         use rustix::event::{EventfdFlags, eventfd};
-        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { fd, rung: AtomicBool::new(false), asleep: AtomicBool::new(false) })
     }
 
     /// Makes the current or the next sleep of the engine end.
     pub(crate) fn ring(&self) {
-        // It can only fail with EAGAIN, when the counter is full: then it is ringing already.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        self.rung.store(true, Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            // It can only fail with EAGAIN, when the counter is full: then it is readable already.
+            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        }
     }
 
-    /// Silences it.
-    fn answer(&self) {
-        let mut count = [0; 8];
-        let _ = rustix::io::read(&self.0, &mut count);
+    /// Whether to sleep: not if it rang since the last look.
+    fn fall_asleep(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        !self.rung.load(Ordering::SeqCst)
+    }
+
+    /// After a sleep, `readable` says that the descriptor ended it. Returns whether it rang.
+    fn wake_up(&self, readable: bool) -> bool {
+        self.asleep.store(false, Ordering::SeqCst);
+        if readable {
+            let _ = rustix::io::read(&self.fd, &mut [0; 8]);
+        }
+        self.rung.swap(false, Ordering::SeqCst)
     }
 }
 
@@ -108,8 +130,8 @@ impl Engine {
         let bell = Arc::new(Bell::new().map_err(OpenError::Thread)?);
         let ring = match kind {
             AioEngine::Threads => None,
-            AioEngine::IoUring => Some(uring::Ring::new(&bell.0).map_err(OpenError::NoIoUring)?),
-            AioEngine::Auto => match uring::Ring::new(&bell.0) {
+            AioEngine::IoUring => Some(uring::Ring::new(&bell.fd).map_err(OpenError::NoIoUring)?),
+            AioEngine::Auto => match uring::Ring::new(&bell.fd) {
                 Ok(ring) => Some(ring),
                 Err(error) => {
                     tracing::debug!(%error, "io_uring is not available, using threads");
@@ -160,25 +182,26 @@ impl Engine {
     /// something, or the bell rings.
     pub(crate) fn wait(&self, block: bool) -> io::Result<()> {
         let mut done = Vec::new();
-        let rang = if let Some(ring) = &self.ring {
-            ring.borrow_mut().wait(block, &mut done)?
-        } else {
-            if block {
-                let mut fds = [rustix::event::PollFd::new(&self.bell.0, rustix::event::PollFlags::IN)];
-                match rustix::event::poll(&mut fds, None) {
-                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
+        let block = block && self.bell.fall_asleep();
+        let readable = if let Some(ring) = &self.ring {
+            ring.borrow_mut().wait(block, &mut done)
+        } else if block {
+            let mut fds = [rustix::event::PollFd::new(&self.bell.fd, rustix::event::PollFlags::IN)];
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => Ok(true),
+                Err(rustix::io::Errno::INTR) => Ok(false),
+                Err(error) => Err(error.into()),
             }
-            true
+        } else {
+            Ok(false)
         };
-        if rang {
-            self.bell.answer();
+        if self.bell.wake_up(*readable.as_ref().unwrap_or(&false)) {
             self.pool.borrow().collect(&mut done);
             if let Some(waker) = self.on_bell.borrow_mut().take() {
                 waker.wake();
             }
         }
+        readable?;
         for (index, result) in done {
             let mut slots = self.slots.borrow_mut();
             let Some(slot) = slots.get_mut(index) else { continue };

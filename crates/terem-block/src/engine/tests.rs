@@ -68,11 +68,23 @@ fn abandoned_jobs_keep_their_memory_until_they_end() {
 }
 
 #[test]
-fn the_bell_ends_a_wait() {
+fn no_ring_of_the_bell_is_lost() {
     for engine in engines() {
-        let bell = engine.bell();
-        let ringer = std::thread::spawn(move || bell.ring());
-        engine.wait(true).expect("woken");
+        let (bell, sent) = (engine.bell(), Arc::new(std::sync::atomic::AtomicU32::new(0)));
+        let told = Arc::clone(&sent);
+        let ringer = std::thread::spawn(move || {
+            for i in 1..=20_000 {
+                told.store(i, Ordering::SeqCst);
+                bell.ring();
+                if i % 64 == 0 {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        // If a ring were lost, the last wait would never end.
+        while sent.load(Ordering::SeqCst) < 20_000 {
+            engine.wait(true).expect("woken");
+        }
         ringer.join().expect("rang");
     }
 }

@@ -83,7 +83,7 @@ impl Ring {
         }
     }
 
-    /// Submits and reaps; returns whether the bell rang.
+    /// Submits and reaps; returns whether the bell's descriptor is readable.
     pub(super) fn wait(
         &mut self,
         block: bool,
@@ -97,11 +97,11 @@ impl Ring {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EINTR | libc::EAGAIN)) => {}
             Err(e) => return Err(e),
         }
-        let mut rang = false;
+        let mut readable = false;
         for completion in self.ring.completion() {
             if completion.user_data() == BELL {
                 self.listening = false;
-                rang = true;
+                readable = true;
                 continue;
             }
             let result = completion.result();
@@ -110,7 +110,7 @@ impl Ring {
                 done.push((index, result));
             }
         }
-        Ok(rang)
+        Ok(readable)
     }
 }
 

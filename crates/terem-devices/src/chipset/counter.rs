@@ -35,9 +35,8 @@ impl Access {
     }
 }
 
-/// A counter. All of it is guest-visible, so it is its own saved state.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// A counter.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Counter {
     access: Access,
     mode: u8,
@@ -320,4 +319,96 @@ impl Counter {
 
 fn to_bcd(value: u16) -> u16 {
     (value % 10) | (value / 10 % 10) << 4 | (value / 100 % 10) << 8 | (value / 1000 % 10) << 12
+}
+
+/// Saved state of a counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CounterState {
+    access: Access,
+    mode: u8,
+    bcd: bool,
+    count: u32,
+    next: Option<(u32, u64)>,
+    start: Option<u64>,
+    stopped: Option<u64>,
+    written: bool,
+    gate: bool,
+    low: Option<u8>,
+    read_high: bool,
+    latched_count: Option<u16>,
+    latched_status: Option<u8>,
+    edge: Option<u64>,
+}
+
+impl Counter {
+    pub(super) fn save(&self) -> CounterState {
+        let Self {
+            access,
+            mode,
+            bcd,
+            count,
+            next,
+            start,
+            stopped,
+            written,
+            gate,
+            low,
+            read_high,
+            latched_count,
+            latched_status,
+            edge,
+        } = self.clone();
+        CounterState {
+            access,
+            mode,
+            bcd,
+            count,
+            next,
+            start,
+            stopped,
+            written,
+            gate,
+            low,
+            read_high,
+            latched_count,
+            latched_status,
+            edge,
+        }
+    }
+
+    pub(super) fn from_saved(state: CounterState) -> Self {
+        let CounterState {
+            access,
+            mode,
+            bcd,
+            count,
+            next,
+            start,
+            stopped,
+            written,
+            gate,
+            low,
+            read_high,
+            latched_count,
+            latched_status,
+            edge,
+        } = state;
+        Self {
+            access,
+            mode,
+            bcd,
+            count,
+            next,
+            start,
+            stopped,
+            written,
+            gate,
+            low,
+            read_high,
+            latched_count,
+            latched_status,
+            edge,
+        }
+    }
 }

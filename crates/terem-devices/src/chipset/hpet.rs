@@ -66,9 +66,8 @@ pub struct HpetWiring {
     pub msi: Arc<dyn MsiSink>,
 }
 
-/// One timer. All of it is guest-visible.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One timer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Comparator {
     config: u64,
     /// When it matches next, in ticks of the main counter.
@@ -215,11 +214,13 @@ impl Hpet {
         }
     }
 
-    /// The line that timer `n` drives now.
+    /// Whether timer `n` stands in for the PIT or RTC.
+    fn replaces(&self, n: usize) -> bool {
+        self.config & LEGACY != 0 && n < 2
+    }
+
+    /// The I/O APIC input that timer `n` is routed to.
     fn line(&self, n: usize) -> Option<&IrqLine> {
-        if self.config & LEGACY != 0 && n < 2 {
-            return self.wiring.legacy.get(n);
-        }
         let route = usize::try_from(self.comparators[n].config >> 9 & 0x1f).ok()?;
         let allowed = ROUTES[n] & 1 << route != 0;
         self.wiring.gsi.get(route).filter(|_| allowed)
@@ -238,6 +239,11 @@ impl Hpet {
             self.wiring.msi.send_msi(message);
         } else if c.has(LEVEL) {
             self.drive();
+        } else if self.replaces(n) {
+            // The PIC takes a request back when its input falls, so this one stays high, as the PIT's
+            // does, until the next edge.
+            self.wiring.legacy[n].set(false);
+            self.wiring.legacy[n].set(true);
         } else if let Some(line) = self.line(n) {
             line.pulse();
         }
@@ -252,7 +258,7 @@ impl Hpet {
             if !active || !self.running() {
                 continue;
             }
-            if self.config & LEGACY != 0 && n < 2 {
+            if self.replaces(n) {
                 legacy[n] = true;
             } else {
                 levels |= 1 << (c.config >> 9 & 0x1f) & ROUTES[n];
@@ -261,8 +267,11 @@ impl Hpet {
         for (i, line) in self.wiring.gsi.iter().enumerate().filter(|&(i, _)| i < 24) {
             line.set(levels & 1 << i != 0);
         }
-        for (line, level) in self.wiring.legacy.iter().zip(legacy) {
-            line.set(level);
+        for (n, (line, level)) in self.wiring.legacy.iter().zip(legacy).enumerate() {
+            let edges = self.replaces(n) && self.running() && !self.comparators[n].has(LEVEL);
+            if !edges {
+                line.set(level);
+            }
         }
     }
 
@@ -391,8 +400,8 @@ impl Registers for Hpet {
         if let (Some((n, _)), 32) = (comparator, shift)
             && self.comparators[n].has(PERIODIC)
         {
-            // The high half of a period that was written in two halves: the low one set the low bits
-            // of both comparator and period, and Tn_VAL_SET_CNF is clear again by now.
+            // The high half of a periodic comparator: the write of the low half was the one that
+            // Tn_VAL_SET_CNF meant, and this one only completes the period.
             let c = &mut self.comparators[n];
             if !c.has(MODE_32) {
                 c.period = c.period & 0xffff_ffff | value << 32;
@@ -405,6 +414,29 @@ impl Registers for Hpet {
     }
 }
 
+/// Saved state of a timer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ComparatorState {
+    config: u64,
+    comparator: u64,
+    period: u64,
+    fsb: u64,
+    armed: bool,
+}
+
+impl Comparator {
+    fn save(&self) -> ComparatorState {
+        let Self { config, comparator, period, fsb, armed } = *self;
+        ComparatorState { config, comparator, period, fsb, armed }
+    }
+
+    fn from_saved(state: ComparatorState) -> Self {
+        let ComparatorState { config, comparator, period, fsb, armed } = state;
+        Self { config, comparator, period, fsb, armed }
+    }
+}
+
 /// Saved state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -412,7 +444,7 @@ pub struct HpetState {
     config: u64,
     status: u64,
     counter: u64,
-    comparators: [Comparator; TIMERS],
+    comparators: [ComparatorState; TIMERS],
 }
 
 impl DeviceState for Hpet {
@@ -421,7 +453,8 @@ impl DeviceState for Hpet {
 
     fn save(&self) -> HpetState {
         let Self { clock: _, timer: _, wiring: _, config, status, base: _, comparators } = self;
-        HpetState { config: *config, status: *status, counter: self.counter(), comparators: *comparators }
+        let comparators = comparators.each_ref().map(Comparator::save);
+        HpetState { config: *config, status: *status, counter: self.counter(), comparators }
     }
 
     fn restore(&mut self, state: HpetState) -> Result<(), StateError> {
@@ -430,6 +463,7 @@ impl DeviceState for Hpet {
         self.status = status & ((1 << TIMERS) - 1);
         self.set_counter(counter);
         for (n, (mine, saved)) in self.comparators.iter_mut().zip(comparators).enumerate() {
+            let saved = Comparator::from_saved(saved);
             let bits = WRITABLE | VALUE_SET;
             let config = Comparator::new(n).config | saved.config & bits;
             *mine = Comparator { config, ..saved };

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use terem_bus::{DeviceState, Handler, IrqLine, StateError, locked};
 
 use super::BoardEvents;
-use super::ps2::{Keyboard, Mouse};
+use super::ps2::{Keyboard, KeyboardState, Mouse, MouseState};
 
 /// Status register.
 const STATUS_OUTPUT_FULL: u8 = 1 << 0;
@@ -295,8 +295,8 @@ pub struct I8042State {
     last_was_command: bool,
     output: Option<(u8, Source)>,
     replies: VecDeque<(u8, Source)>,
-    keyboard: Keyboard,
-    mouse: Mouse,
+    keyboard: KeyboardState,
+    mouse: MouseState,
 }
 
 impl DeviceState for I8042 {
@@ -324,14 +324,15 @@ impl DeviceState for I8042 {
             last_was_command: *last_was_command,
             output: *output,
             replies: replies.clone(),
-            keyboard: keyboard.clone(),
-            mouse: mouse.clone(),
+            keyboard: keyboard.save(),
+            mouse: mouse.save(),
         }
     }
 
     fn restore(&mut self, state: I8042State) -> Result<(), StateError> {
         let I8042State { mode, out_port, command, last_was_command, output, replies, keyboard, mouse } =
             state;
+        let (keyboard, mouse) = (Keyboard::from_saved(keyboard), Mouse::from_saved(mouse));
         if replies.len() > 1 || !keyboard.is_valid() || !mouse.is_valid() {
             return Err(Self::invalid("more bytes than its buffers hold"));
         }

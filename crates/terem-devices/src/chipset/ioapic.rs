@@ -60,9 +60,9 @@ struct Pin {
     entry: Entry,
     /// The wire: whether its driver asserts it.
     asserted: bool,
-    /// An edge has come and not been sent. The chip notices edges of masked inputs only in that the
-    /// next one after unmasking counts (section 3.2.4: edges while masked are ignored), yet Linux
-    /// relies on chipsets that keep them, as this one does.
+    /// An edge has come and not been sent. The datasheet says that edges of masked inputs are lost
+    /// (section 3.2.4); they are kept here, as other hypervisors do: an interrupt too many does no
+    /// harm, and one too few hangs guests that mask for a moment.
     edge: bool,
 }
 

@@ -63,6 +63,8 @@ pub mod uart;
 mod window;
 
 #[cfg(test)]
+mod board_tests;
+#[cfg(test)]
 mod lab;
 
 /// What a guest's kernel said about its own end.

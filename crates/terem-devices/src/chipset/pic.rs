@@ -38,9 +38,8 @@ enum Expect {
     Icw4,
 }
 
-/// One 8259A. All of it is guest-visible, so it is its own saved state.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One 8259A.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Chip {
     /// Levels of the inputs.
     lines: u8,
@@ -411,12 +410,104 @@ impl InterruptAcknowledge for PicLines {
     }
 }
 
+/// Saved state of one chip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChipState {
+    lines: u8,
+    irr: u8,
+    isr: u8,
+    imr: u8,
+    elcr: u8,
+    base: u8,
+    lowest: u8,
+    expect: Expect,
+    icw1: u8,
+    icw4: u8,
+    special_mask: bool,
+    rotate_on_aeoi: bool,
+    read_isr: bool,
+    poll: bool,
+}
+
+impl Chip {
+    fn save(&self) -> ChipState {
+        let Self {
+            lines,
+            irr,
+            isr,
+            imr,
+            elcr,
+            base,
+            lowest,
+            expect,
+            icw1,
+            icw4,
+            special_mask,
+            rotate_on_aeoi,
+            read_isr,
+            poll,
+        } = self.clone();
+        ChipState {
+            lines,
+            irr,
+            isr,
+            imr,
+            elcr,
+            base,
+            lowest,
+            expect,
+            icw1,
+            icw4,
+            special_mask,
+            rotate_on_aeoi,
+            read_isr,
+            poll,
+        }
+    }
+
+    fn from_saved(state: ChipState) -> Self {
+        let ChipState {
+            lines,
+            irr,
+            isr,
+            imr,
+            elcr,
+            base,
+            lowest,
+            expect,
+            icw1,
+            icw4,
+            special_mask,
+            rotate_on_aeoi,
+            read_isr,
+            poll,
+        } = state;
+        Self {
+            lines,
+            irr,
+            isr,
+            imr,
+            elcr,
+            base,
+            lowest,
+            expect,
+            icw1,
+            icw4,
+            special_mask,
+            rotate_on_aeoi,
+            read_isr,
+            poll,
+        }
+    }
+}
+
 /// Saved state of the pair.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PicState {
-    first: Chip,
-    second: Chip,
+    first: ChipState,
+    second: ChipState,
 }
 
 impl DeviceState for Pic {
@@ -425,11 +516,12 @@ impl DeviceState for Pic {
 
     fn save(&self) -> PicState {
         let Self { first, second, intr: _, apic: _ } = self;
-        PicState { first: first.clone(), second: second.clone() }
+        PicState { first: first.save(), second: second.save() }
     }
 
     fn restore(&mut self, state: PicState) -> Result<(), StateError> {
-        let PicState { mut first, mut second } = state;
+        let PicState { first, second } = state;
+        let (mut first, mut second) = (Chip::from_saved(first), Chip::from_saved(second));
         for chip in [&mut first, &mut second] {
             chip.base &= 0xf8;
             chip.lowest &= 7;

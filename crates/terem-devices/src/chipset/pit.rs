@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, Weak};
 use serde::{Deserialize, Serialize};
 use terem_bus::{Clock, DeviceState, Handler, IrqLine, Registers, StateError, Timer, locked};
 
-use super::counter::{Access, Counter};
+use super::counter::{Access, Counter, CounterState};
 
 /// The crystal's 14.31818 MHz divided by 12, in Hz.
 pub const FREQUENCY: u64 = 1_193_182;
@@ -193,7 +193,7 @@ impl Handler for Port61 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PitState {
-    counters: [Counter; 3],
+    counters: [CounterState; 3],
     port61: u8,
 }
 
@@ -203,11 +203,12 @@ impl DeviceState for Pit {
 
     fn save(&self) -> PitState {
         let Self { irq: _, clock: _, timer: _, counters, port61 } = self;
-        PitState { counters: counters.clone(), port61: *port61 }
+        PitState { counters: counters.each_ref().map(Counter::save), port61: *port61 }
     }
 
     fn restore(&mut self, state: PitState) -> Result<(), StateError> {
         let PitState { counters, port61 } = state;
+        let counters = counters.map(Counter::from_saved);
         if !counters.iter().all(Counter::is_valid) {
             return Err(Self::invalid("a counter has an impossible mode or count"));
         }

@@ -38,8 +38,7 @@ const SCALING_1: u8 = 0xe6;
 const BUFFER: usize = 64;
 
 /// A keyboard.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Keyboard {
     scanning: bool,
     leds: u8,
@@ -138,8 +137,7 @@ impl Keyboard {
 }
 
 /// A mouse with three buttons and no wheel.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mouse {
     reporting: bool,
     remote: bool,
@@ -252,5 +250,60 @@ impl Mouse {
             _ => answer = vec![RESEND],
         }
         self.send(&answer);
+    }
+}
+
+/// Saved state of a keyboard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KeyboardState {
+    scanning: bool,
+    leds: u8,
+    rate: u8,
+    set: u8,
+    command: Option<u8>,
+    out: VecDeque<u8>,
+}
+
+impl Keyboard {
+    pub(super) fn save(&self) -> KeyboardState {
+        let Self { scanning, leds, rate, set, command, out } = self.clone();
+        KeyboardState { scanning, leds, rate, set, command, out }
+    }
+
+    pub(super) fn from_saved(state: KeyboardState) -> Self {
+        let KeyboardState { scanning, leds, rate, set, command, out } = state;
+        Self { scanning, leds, rate, set, command, out }
+    }
+}
+
+/// Saved state of a mouse.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MouseState {
+    reporting: bool,
+    remote: bool,
+    wrap: bool,
+    scaling: bool,
+    resolution: u8,
+    rate: u8,
+    dx: i16,
+    dy: i16,
+    buttons: u8,
+    command: Option<u8>,
+    out: VecDeque<u8>,
+}
+
+impl Mouse {
+    pub(super) fn save(&self) -> MouseState {
+        let Self { reporting, remote, wrap, scaling, resolution, rate, dx, dy, buttons, command, out } =
+            self.clone();
+        MouseState { reporting, remote, wrap, scaling, resolution, rate, dx, dy, buttons, command, out }
+    }
+
+    pub(super) fn from_saved(state: MouseState) -> Self {
+        let MouseState { reporting, remote, wrap, scaling, resolution, rate, dx, dy, buttons, command, out } =
+            state;
+        Self { reporting, remote, wrap, scaling, resolution, rate, dx, dy, buttons, command, out }
     }
 }

@@ -55,6 +55,9 @@ const SECOND: i64 = 1_000_000_000;
 /// The update cycle: UIP is set this long before the second changes (datasheet, tBUC + tUC).
 const UPDATE_NS: i64 = 244_000 + 1_984_000;
 
+/// The second bank's index has its top bit set.
+const INDEX_AT_RESET: [u8; 2] = [0, 0x80];
+
 /// How far the virtual clock and the host's may part within a second (ns): an update interrupt that
 /// comes this much before the second changes belongs to it.
 const SLACK: i64 = 10_000_000;
@@ -115,7 +118,7 @@ impl Rtc {
                 clock,
                 timer,
                 wall,
-                index: [0; 2],
+                index: INDEX_AT_RESET,
                 cmos,
                 offset: 0,
                 next_periodic,
@@ -420,7 +423,7 @@ impl DeviceState for Rtc {
     /// A reset clears interrupt enables and flags and nothing else: the rest is on a battery
     /// (datasheet, "RESET").
     fn reset(&mut self) {
-        self.index = [0, 0x80];
+        self.index = INDEX_AT_RESET;
         self.cmos[usize::from(B)] &= !(B_PERIODIC | B_ALARM | B_UPDATE);
         self.cmos[usize::from(C)] = 0;
         self.update_irq();

@@ -94,9 +94,8 @@ impl fmt::Debug for Uart {
     }
 }
 
-/// What the chip holds; all of it is guest-visible.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// What the chip holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct UartRegisters {
     ier: u8,
     fcr: u8,
@@ -349,8 +348,19 @@ impl Registers for Uart {
 
 /// Saved state of a [`Uart`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct UartState(UartRegisters);
+#[serde(deny_unknown_fields)]
+pub struct UartState {
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    errors: u8,
+    msr: u8,
+    scr: u8,
+    divisor: u16,
+    received: VecDeque<u8>,
+    thre: bool,
+}
 
 impl DeviceState for Uart {
     const NAME: &'static str = "uart";
@@ -358,15 +368,19 @@ impl DeviceState for Uart {
 
     fn save(&self) -> UartState {
         let Self { irq: _, backend: _, registers } = self;
-        UartState(registers.clone())
+        let UartRegisters { ier, fcr, lcr, mcr, errors, msr, scr, divisor, received, thre } =
+            registers.clone();
+        UartState { ier, fcr, lcr, mcr, errors, msr, scr, divisor, received, thre }
     }
 
-    fn restore(&mut self, UartState(registers): UartState) -> Result<(), StateError> {
+    fn restore(&mut self, state: UartState) -> Result<(), StateError> {
+        let UartState { ier, fcr, lcr, mcr, errors, msr, scr, divisor, received, thre } = state;
+        let errors = errors & LSR_ERRORS;
+        let registers = UartRegisters { ier, fcr, lcr, mcr, errors, msr, scr, divisor, received, thre };
         if registers.received.len() > registers.capacity() {
             return Err(Self::invalid("more bytes than its FIFO holds"));
         }
         self.registers = registers;
-        self.registers.errors &= LSR_ERRORS;
         self.update();
         Ok(())
     }

@@ -146,7 +146,7 @@ fn a_saved_port_goes_on() {
     assert_eq!((b.in_(IIR_FCR), b.in_(DATA), b.in_(DATA)), (0xcc, 0x79, 0x7a));
     assert_eq!(b.in_(IIR_FCR), 0xc2);
     let mut bad = a.uart.save();
-    bad.0.received.extend([0; 20]);
+    bad.received.extend([0; 20]);
     assert!(b.uart.restore(bad).is_err());
     b.uart.reset();
     assert_eq!((b.irq(), b.in_(IER)), (false, 0));

@@ -39,6 +39,8 @@ pub mod capability;
 mod bar;
 mod config_space;
 mod function;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod msi;
 mod msix;
 mod root;

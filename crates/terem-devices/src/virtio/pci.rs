@@ -356,17 +356,19 @@ impl Device for VirtioPci {
             function,
             device,
         } = state;
+        let invalid = |reason| self.kind.invalid(reason);
         let was_paused = self.queues.is_paused();
-        let mut common = locked(&self.common);
-        common.check(&registers).map_err(|reason| self.kind.invalid(reason))?;
+        locked(&self.common).check(&registers).map_err(invalid)?;
         self.pause();
-        common.reset();
+        locked(&self.common).reset();
+        // The function's own lock comes before the structure's, as when a driver gets at the structures
+        // through configuration space.
         let taken = self.function.restore_state(&function).and_then(|()| {
-            common.restore(&registers, &positions).map_err(|reason| self.kind.invalid(reason))?;
+            locked(&self.common).restore(&registers, &positions).map_err(invalid)?;
             self.device.restore(&device)
         });
         if taken.is_err() {
-            common.reset();
+            Device::reset(self);
         } else {
             self.interrupts.set_config_vector(config_vector);
             for (index, &vector) in (0..).zip(&queue_vectors) {
@@ -376,7 +378,6 @@ impl Device for VirtioPci {
             self.queues.set_config_generation(config_generation);
             self.queues.set_failed(failed);
         }
-        drop(common);
         if !was_paused {
             self.resume();
         }

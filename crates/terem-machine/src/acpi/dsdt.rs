@@ -117,7 +117,8 @@ fn windows(d: &Description<'_>) -> Code {
     let (w32, w64) = (d.map.pci32, d.map.pci64);
     let not_cached = AddressSpaceCacheable::NotCacheable;
     let memory32 = AddressSpace::new_memory(not_cached, true, low(w32.base), low(last(w32)), None);
-    let memory64 = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, w64.base, last(w64), None);
+    let memory64 =
+        AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, w64.base, last(w64), None);
     let all = ResourceTemplate::new(vec![&buses, &config, &low_ports, &high_ports, &memory32, &memory64]);
     code(&Name::new("_CRS".into(), &all))
 }
@@ -127,14 +128,10 @@ fn routing() -> Code {
     let mut table = PackageBuilder::new();
     // Slot 0 is the host bridge itself. 255 entries are the most that a package may have.
     for slot in 1..SLOTS {
-        for pin in 0..INTX_PINS {
+        for (number, pin) in (0_u8..).zip(INTX_PINS) {
             let address = u32::from(slot) << 16 | 0xffff;
-            let entry: Vec<Code> = vec![
-                code(&address),
-                code(&pin),
-                code(&ZERO),
-                code(&pci::gsi(slot, pin)),
-            ];
+            let entry: Vec<Code> =
+                vec![code(&address), code(&number), code(&ZERO), code(&pci::gsi(slot, pin))];
             table.add_element(&Package::new(entry.iter().map(|e| e as &dyn Aml).collect()));
         }
     }

@@ -34,11 +34,11 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
         .flag(Flags::TmrValExt) // a 32-bit PM timer
         .flag(Flags::ResetRegSup);
     f.fadt_minor_version = MINOR_VERSION;
-    // The 64-bit fields count where both are given, and older systems read the 32-bit ones.
+    // The 64-bit field counts where both are given, and older systems read the 32-bit one.
     f.dsdt = u32::try_from(dsdt).unwrap_or(0).into();
     f.x_dsdt = dsdt.into();
+    // Of the FACS' two fields only one may be set (5.2.9); it lies below 4 GiB.
     f.firmware_ctrl = u32::try_from(facs).unwrap_or(0).into();
-    f.x_firmware_ctrl = facs.into();
     f.sci_int = u16::from(ports::SCI_IRQ).into();
     f.smi_cmd = u32::from(ports::SMI_COMMAND).into();
     f.acpi_enable = acpi_pm::ACPI_ENABLE;

@@ -162,7 +162,7 @@ mod tests {
         }
         let fadt = find("FACP").2;
         assert_eq!(u64_at(fadt, 140), find("DSDT").1);
-        assert_eq!(u64_at(fadt, 132), find("FACS").1);
+        assert_eq!(u64::from(u32::from_le_bytes(fadt[36..40].try_into().unwrap())), find("FACS").1);
         assert_eq!(u64_at(find("MCFG").2, 44), 0xb000_0000);
     }
 

@@ -1,15 +1,24 @@
 //! PCI set-up as firmware does it: each function gets its BARs, its interrupt line's number, and is switched on.
 
-use terem_devices::pci::{Address, BAR_COUNT, RootComplex, register};
+use terem_devices::chipset::router::pirq;
+use terem_devices::pci::{Address, BAR_COUNT, Pin, RootComplex, register};
 
+use super::q35::PIC_LINES;
 use crate::plan::memory::Window;
-use crate::plan::pci::pirq;
 
 /// Where I/O BARs go: above everything that a PC has at fixed ports.
 const IO_BASE: u64 = 0xc000;
 const IO_END: u64 = 0x1_0000;
-/// PIC inputs that the PIRQ wires share (PIRQA to PIRQH), as PC firmware has it.
-const PIC_LINES: [u8; 8] = [10, 10, 11, 11, 10, 10, 11, 11];
+/// The pin in an interrupt pin register.
+fn pin(register: u32) -> Option<Pin> {
+    match register {
+        1 => Some(Pin::A),
+        2 => Some(Pin::B),
+        3 => Some(Pin::C),
+        4 => Some(Pin::D),
+        _ => None,
+    }
+}
 
 /// Hands out naturally aligned addresses from a window.
 struct Pool {
@@ -36,11 +45,7 @@ pub(super) struct Windows {
 impl Windows {
     pub(super) fn new(memory32: Window, memory64: Window) -> Self {
         let pool = |w: Window| Pool { next: w.base, end: w.end() };
-        Self {
-            io: Pool { next: IO_BASE, end: IO_END },
-            memory32: pool(memory32),
-            memory64: pool(memory64),
-        }
+        Self { io: Pool { next: IO_BASE, end: IO_END }, memory32: pool(memory32), memory64: pool(memory64) }
     }
 
     /// Sets up the functions of bus 0.
@@ -62,8 +67,7 @@ impl Windows {
             enable |= kind;
             index += if wide { 2 } else { 1 };
         }
-        let pin = root.read(0, at, register::INTERRUPT_PIN, 1);
-        if let Some(pin) = u8::try_from(pin & 7).ok().and_then(|p| p.checked_sub(1)) {
+        if let Some(pin) = pin(root.read(0, at, register::INTERRUPT_PIN, 1)) {
             let line = PIC_LINES[usize::from(pirq(at.device(), pin)) % PIC_LINES.len()];
             root.write(0, at, register::INTERRUPT_LINE, 1, line.into());
         }
@@ -95,7 +99,8 @@ impl Windows {
         let bytes = (!mask).wrapping_add(1);
         let pool = if wide { &mut self.memory64 } else { &mut self.memory32 };
         let base = pool.take(bytes.max(16));
-        let [l, h] = [base.unwrap_or(0) & 0xffff_ffff, base.unwrap_or(0) >> 32].map(|v| u32::try_from(v).unwrap_or(0));
+        let [l, h] =
+            [base.unwrap_or(0) & 0xffff_ffff, base.unwrap_or(0) >> 32].map(|v| u32::try_from(v).unwrap_or(0));
         root.write(0, at, offset, 4, l);
         if wide {
             root.write(0, at, offset + 4, 4, h);
@@ -109,7 +114,7 @@ mod tests {
     use super::*;
     use std::sync::{Arc, Weak};
     use terem_bus::{Bus, Clock, IrqLine, MsiMessage, MsiSink};
-    use terem_devices::pci::{BarKind, ConfigSize, FunctionBuilder, Identity, Pin, Wiring};
+    use terem_devices::pci::{BarKind, ConfigSize, FunctionBuilder, Identity, Wiring};
 
     struct NoMessages;
     impl MsiSink for NoMessages {
@@ -130,12 +135,18 @@ mod tests {
             b.interrupt_pin(Pin::A);
             root.bus().attach(Address::new(slot, 0), b.build()).unwrap();
         }
-        let mut w = Windows::new(Window { base: 0xc000_0000, size: 1 << 20 }, Window { base: 1 << 39, size: 1 << 30 });
+        let mut w = Windows::new(
+            Window { base: 0xc000_0000, size: 1 << 20 },
+            Window { base: 1 << 39, size: 1 << 30 },
+        );
         w.assign(&root);
         let read = |slot, offset| root.read(0, Address::new(slot, 0), offset, 4);
         assert_eq!([1, 2, 3].map(|s| read(s, 0x10)), [0xc001, 0xc021, 0xc041]);
         assert_eq!([1, 2, 3].map(|s| read(s, 0x14)), [0xc000_0000, 0xc000_1000, 0xc000_2000]);
-        assert_eq!([1, 2, 3].map(|s| (read(s, 0x20), read(s, 0x24))), [(0xc, 0x80), (0x400c, 0x80), (0x800c, 0x80)]);
+        assert_eq!(
+            [1, 2, 3].map(|s| (read(s, 0x20), read(s, 0x24))),
+            [(0xc, 0x80), (0x400c, 0x80), (0x800c, 0x80)]
+        );
         assert_eq!([1, 2, 3].map(|s| read(s, 4) & 3), [3, 3, 3]);
         assert_eq!([1, 2, 3].map(|s| read(s, 0x3c) & 0xff), [10, 11, 11]);
     }

@@ -36,3 +36,5 @@ pub const FW_CFG: u16 = 0x510;
 pub const FW_CFG_LEN: u8 = 12;
 /// pvpanic.
 pub const PVPANIC: u16 = 0x505;
+/// The debug exit port.
+pub const DEBUG_EXIT: u16 = 0x501;

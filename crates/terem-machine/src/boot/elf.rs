@@ -64,7 +64,9 @@ impl Elf {
         let (size, count) = (header.u16_at(tail), header.u16_at(tail + 2));
         let least = if is_64 { 56 } else { 32 };
         if count > MAX_SEGMENTS || (count > 0 && size < least) {
-            return Err(Problem::Damaged(format!("its ELF header has {count} program headers of {size} bytes")));
+            return Err(Problem::Damaged(format!(
+                "its ELF header has {count} program headers of {size} bytes"
+            )));
         }
         let headers = image.read_vec(at, u64::from(size) * u64::from(count))?;
         let mut elf = Self { is_64, entry, segments: Vec::new(), notes: Vec::new() };

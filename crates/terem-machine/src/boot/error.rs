@@ -46,7 +46,9 @@ pub enum Problem {
     #[error("the file is empty")]
     Empty,
     /// A header speaks of bytes past the end.
-    #[error("the file is cut short: {what} needs {needed:#x} bytes, the file has {length:#x}; fetch it again")]
+    #[error(
+        "the file is cut short: {what} needs {needed:#x} bytes, the file has {length:#x}; fetch it again"
+    )]
     Truncated {
         /// What lies past the end.
         what: &'static str,
@@ -71,7 +73,9 @@ pub enum Problem {
     #[error("the file is damaged: {0}")]
     Damaged(String),
     /// It does not fit into RAM.
-    #[error("{what} needs {needed} MiB of guest memory at {at:#x}, the guest has {have} MiB; give it more (--memory)")]
+    #[error(
+        "{what} needs {needed} MiB of guest memory at {at:#x}, the guest has {have} MiB; give it more (--memory)"
+    )]
     TooBig {
         /// What does not fit.
         what: &'static str,
@@ -95,7 +99,9 @@ pub enum Problem {
         other: &'static str,
     },
     /// The command line is longer than the kernel takes.
-    #[error("the kernel command line has {length} bytes and this kernel takes {max}; make it shorter (--cmdline)")]
+    #[error(
+        "the kernel command line has {length} bytes and this kernel takes {max}; make it shorter (--cmdline)"
+    )]
     CmdlineTooLong {
         /// Bytes of it.
         length: usize,

@@ -88,7 +88,8 @@ impl Setup {
         };
         let code_offset = (sectors + 1) * 512;
         // 2.04 made the size a 32-bit field; the file may be longer by a signature, or lack the padding.
-        let syssize = if since(0x204) { head.u32_at(field::SYSSIZE) } else { head.u16_at(field::SYSSIZE).into() };
+        let syssize =
+            if since(0x204) { head.u32_at(field::SYSSIZE) } else { head.u16_at(field::SYSSIZE).into() };
         let wanted = u64::from(syssize) * 16;
         let there = file_len.saturating_sub(code_offset);
         if there == 0 || there + 16 <= wanted {
@@ -143,7 +144,8 @@ pub(super) fn load_bzimage(mut job: Job<'_>, head: &[u8]) -> Result<Loaded, (Rol
         let entry = at + ENTRY_64;
         (entry, start::long_mode(&job.space, job.map, entry, ZERO_PAGE))
     } else {
-        let entry = u32::try_from(at).map_err(|_| in_kernel(Problem::Damaged("it loads above 4 GiB".into())))?;
+        let entry =
+            u32::try_from(at).map_err(|_| in_kernel(Problem::Damaged("it loads above 4 GiB".into())))?;
         let state = start::protected_mode(&job.space, job.map, entry, 0, 0).map(|mut s| {
             s.gpr[6] = ZERO_PAGE;
             s

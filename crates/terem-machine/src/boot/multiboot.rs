@@ -75,12 +75,14 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Loaded, (Role, P
     let in_kernel = |p| (Role::Kernel, p);
     if header.flags & WANTS_VIDEO != 0 {
         return Err(in_kernel(Problem::Unsupported(
-            "this multiboot kernel wants a video mode, and the machine has no display; build it without one".into(),
+            "this multiboot kernel wants a video mode, and the machine has no display; build it without one"
+                .into(),
         )));
     }
     if header.flags & 0xffff & !KNOWN_REQUIREMENTS != 0 {
         let flags = header.flags & 0xffff;
-        let text = format!("this multiboot kernel wants what multiboot 0.6.96 does not have (flags {flags:#x})");
+        let text =
+            format!("this multiboot kernel wants what multiboot 0.6.96 does not have (flags {flags:#x})");
         return Err(in_kernel(Problem::Unsupported(text)));
     }
     let entry = if header.flags & HAS_ADDRESSES != 0 {
@@ -92,7 +94,8 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Loaded, (Role, P
     job.space.cmdline(job.cmdline, u64::MAX).map_err(in_kernel)?;
     let module = job.module("the module").map_err(|p| (Role::Initrd, p))?;
     write_info(&job, module).map_err(in_kernel)?;
-    let state = start::protected_mode(&job.space, job.map, entry, LOADER_MAGIC, low(INFO)).map_err(in_kernel)?;
+    let state =
+        start::protected_mode(&job.space, job.map, entry, LOADER_MAGIC, low(INFO)).map_err(in_kernel)?;
     Ok(Loaded { kind: KernelKind::Multiboot, entry: entry.into(), state })
 }
 
@@ -110,7 +113,8 @@ pub(super) fn load_elf(job: &mut Job<'_>) -> Result<u32, Problem> {
 
 /// Loads an image whose header, `offset` bytes into the file, says where it goes.
 pub(super) fn load_at_addresses(job: &mut Job<'_>, offset: u64, a: Addresses) -> Result<(), Problem> {
-    let damaged = || Problem::Damaged(format!("the addresses in its multiboot header contradict each other: {a:x?}"));
+    let damaged =
+        || Problem::Damaged(format!("the addresses in its multiboot header contradict each other: {a:x?}"));
     let before = u64::from(a.header.checked_sub(a.load).ok_or_else(damaged)?);
     let from = offset.checked_sub(before).ok_or_else(damaged)?;
     let len = match a.load_end {
@@ -143,7 +147,8 @@ fn write_info(job: &Job<'_>, module: Option<(u64, u64)>) -> Result<(), Problem> 
     let mut put = |at: usize, value: u32| info[at..at + 4].copy_from_slice(&value.to_le_bytes());
     // Each entry is preceded by its size, which does not count itself.
     let entries = e820::entries(job.map);
-    let map: Vec<u8> = entries.iter().flat_map(|e| 20_u32.to_le_bytes().into_iter().chain(e.to_bytes())).collect();
+    let map: Vec<u8> =
+        entries.iter().flat_map(|e| 20_u32.to_le_bytes().into_iter().chain(e.to_bytes())).collect();
     debug_assert!(0x200 + (map.len() as u64) < INFO_SIZE);
     job.space.write(MEMORY_MAP, &map)?;
     job.space.write(LOADER_NAME_AT, LOADER_NAME)?;

@@ -96,7 +96,9 @@ impl Header {
             if optional {
                 Ok(())
             } else {
-                Err(Problem::Unsupported(format!("this multiboot 2 kernel insists on {what}; build it without")))
+                Err(Problem::Unsupported(format!(
+                    "this multiboot 2 kernel insists on {what}; build it without"
+                )))
             }
         };
         match kind {
@@ -112,7 +114,9 @@ impl Header {
                 ];
                 let asked = tag.chunks_exact(4).map(|c| c.u32_at(0));
                 match asked.into_iter().find(|t| !known.contains(t)) {
-                    Some(unknown) => refused(format!("information of type {unknown}, which this machine has not")),
+                    Some(unknown) => {
+                        refused(format!("information of type {unknown}, which this machine has not"))
+                    }
                     None => Ok(()),
                 }
             }
@@ -145,7 +149,8 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Loaded, (Role, P
     let entry = match header.addresses {
         Some(addresses) => {
             load_at_addresses(&mut job, header.offset, addresses).map_err(in_kernel)?;
-            let none = || in_kernel(Problem::Damaged("its multiboot 2 header has addresses and no entry".into()));
+            let none =
+                || in_kernel(Problem::Damaged("its multiboot 2 header has addresses and no entry".into()));
             header.entry.ok_or_else(none)?
         }
         None => {
@@ -155,7 +160,8 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Loaded, (Role, P
     };
     let module = job.module("the module").map_err(|p| (Role::Initrd, p))?;
     write_info(&job, module).map_err(in_kernel)?;
-    let state = start::protected_mode(&job.space, job.map, entry, LOADER_MAGIC, low(INFO)).map_err(in_kernel)?;
+    let state =
+        start::protected_mode(&job.space, job.map, entry, LOADER_MAGIC, low(INFO)).map_err(in_kernel)?;
     Ok(Loaded { kind: KernelKind::Multiboot2, entry: entry.into(), state })
 }
 

@@ -34,7 +34,7 @@ pub fn firmware_defaults(state: &mut VcpuState, map: &MemoryMap, boot: bool) {
     m.mtrr_fixed = [WB; 11];
     m.mtrr_fixed[2] = 0; // A0000–BFFFF: the VGA window
     // 2–4 GiB uncached: the PCI window and the APICs.
-    let mask = (1_u64 << map.phys_bits) - 1 & !(LOW_MEMORY_LIMIT - 1);
+    let mask = ((1_u64 << map.phys_bits) - 1) & !(LOW_MEMORY_LIMIT - 1);
     m.mtrr_variable[0] = (LOW_MEMORY_LIMIT, mask | 1 << 11);
     if boot && let Some(last) = state.apic.registers.get_mut(..=LVT_LINT1) {
         last[SVR] = 0x1ff; // software-enabled, spurious vector FFh
@@ -45,7 +45,12 @@ pub fn firmware_defaults(state: &mut VcpuState, map: &MemoryMap, boot: bool) {
 
 /// The boot processor in 64-bit mode, with the first 4 GiB identity-mapped and RSI set: Linux' 64-bit boot
 /// protocol (Documentation/arch/x86/boot.rst). Writes page tables and GDT.
-pub(super) fn long_mode(space: &Space<'_>, map: &MemoryMap, entry: u64, rsi: u64) -> Result<VcpuState, Problem> {
+pub(super) fn long_mode(
+    space: &Space<'_>,
+    map: &MemoryMap,
+    entry: u64,
+    rsi: u64,
+) -> Result<VcpuState, Problem> {
     page_tables(space)?;
     let code = Segment::flat(0x10, true, true);
     let data = Segment::flat(0x18, false, false);
@@ -110,7 +115,7 @@ fn page_tables(space: &Space<'_>) -> Result<(), Problem> {
     space.zero(PAGE_TABLES, 2 * PAGE)?;
     space.write(PAGE_TABLES, &(pdpt | PTE_TABLE).to_le_bytes())?;
     for i in 0..4 {
-        space.write(pdpt + i * 8, &(directories + i * PAGE | PTE_TABLE).to_le_bytes())?;
+        space.write(pdpt + i * 8, &((directories + i * PAGE) | PTE_TABLE).to_le_bytes())?;
     }
     let large: Vec<u8> = (0..2048_u64).flat_map(|i| (i << 21 | PTE_LARGE).to_le_bytes()).collect();
     space.write(directories, &large)

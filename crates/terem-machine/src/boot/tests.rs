@@ -30,9 +30,9 @@ fn text_at(memory: &GuestMemory, addr: u64, len: usize) -> String {
 
 /// A file of the guest scripts' cache, if they have been run here.
 fn cached(name: &str) -> Option<PathBuf> {
-    let cache = std::env::var_os("TEREM_CACHE").map(PathBuf::from).or_else(|| {
-        Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/terem"))
-    })?;
+    let cache = std::env::var_os("TEREM_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/terem")))?;
     let file = cache.join(name);
     if !file.exists() {
         eprintln!("{} is not there: not tested", file.display());
@@ -75,7 +75,9 @@ fn a_bzimage_is_entered_in_64_bit_mode() {
     let (memory, map) = guest(64 * MIB);
     let image = bzimage(4096);
     let initrd = vec![7; 5000];
-    let loaded = load(&BytesImage(&image), Some(&BytesImage(&initrd)), "console=ttyS0", &memory, &map, 0xe_0000).unwrap();
+    let loaded =
+        load(&BytesImage(&image), Some(&BytesImage(&initrd)), "console=ttyS0", &memory, &map, 0xe_0000)
+            .unwrap();
     assert_eq!((loaded.kind, loaded.entry), (KernelKind::LinuxBzImage, 0x100_0200));
     let s = &loaded.state;
     assert_eq!((s.rip, s.gpr[6], s.msrs.efer), (0x100_0200, ZERO_PAGE, 0x500));
@@ -337,4 +339,26 @@ fn an_elf_image_with_a_pvh_note_is_entered_there() {
     plain[256 + 8] = 3;
     let loaded = load(&BytesImage(&plain), None, "x", &memory, &map, 0xe_0000).unwrap();
     assert_eq!((loaded.kind, loaded.entry), (KernelKind::LinuxElf, 0x10_0000));
+}
+
+#[test]
+fn a_piece_of_a_file_arrives_in_the_right_range() {
+    let (memory, _) = guest(16 * MIB);
+    let bytes: Vec<u8> = (0..100_000_u32).map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, &bytes).unwrap();
+    let file = FileImage::open(&path).unwrap();
+    let addr = 0xc_1007;
+    memory.write_slice(&[0xaa; 90_002], GuestAddress(addr - 1)).unwrap();
+    let page = addr / 4096 + 3;
+    let word = memory.marks().mark_code(page);
+    file.copy(1_234, 90_000, &memory, addr).unwrap();
+    let mut read = vec![0; 90_002];
+    memory.read_slice(&mut read, GuestAddress(addr - 1)).unwrap();
+    assert_eq!((read[0], read[90_001]), (0xaa, 0xaa));
+    assert!(read[1..90_001] == bytes[1_234..91_234]);
+    assert_ne!(memory.marks().word(page), word, "decoded code is not valid any more");
+    assert!(file.copy(0, 10, &memory, 0x9_ffff).is_err(), "no range holds it");
+    assert!(file.copy(99_995, 10, &memory, addr).is_err(), "past the end of the file");
 }

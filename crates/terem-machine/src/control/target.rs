@@ -20,7 +20,7 @@ impl MachineTarget {
     }
 }
 
-fn refused(error: RequestError) -> ControlError {
+fn refused(error: &RequestError) -> ControlError {
     ControlError::new(ErrorCode::Unavailable, error.to_string())
 }
 
@@ -48,7 +48,7 @@ impl ControlTarget for MachineTarget {
     }
 
     fn power_button(&self) -> Result<(), ControlError> {
-        self.handle.power_button().map_err(refused)
+        self.handle.power_button().map_err(|e| refused(&e))
     }
 
     fn kill(&self) {
@@ -61,11 +61,11 @@ impl ControlTarget for MachineTarget {
     }
 
     fn pause(&self) -> Result<(), ControlError> {
-        self.handle.pause().map_err(refused)
+        self.handle.pause().map_err(|e| refused(&e))
     }
 
     fn resume(&self) -> Result<(), ControlError> {
-        self.handle.resume().map_err(refused)
+        self.handle.resume().map_err(|e| refused(&e))
     }
 
     fn console(&self) -> Option<Arc<Console>> {

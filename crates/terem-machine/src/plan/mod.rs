@@ -160,7 +160,9 @@ pub enum PlanError {
     #[error("cpu: {0}")]
     Model(#[from] ModelError),
     /// Hardware virtualisation is not built in.
-    #[error("accel: this version has no KVM accelerator; use --accel soft (the software CPU), or leave it out")]
+    #[error(
+        "accel: this version has no KVM accelerator; use --accel soft (the software CPU), or leave it out"
+    )]
     Kvm,
     /// Translation is not built in.
     #[error("accel: this version's software CPU does not translate; leave translate=on out")]
@@ -346,9 +348,10 @@ fn disk_name(index: usize) -> String {
 /// An address of the locally used range of QEMU's vendor prefix, the same each time for a machine's name.
 fn generated_mac(name: &str, index: usize) -> terem_config::MacAddress {
     // FNV-1a.
-    let hash = name.bytes().chain(index.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = name
+        .bytes()
+        .chain(index.to_le_bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
     let [a, b, c, ..] = hash.to_be_bytes();
     terem_config::MacAddress([0x52, 0x54, 0x00, a, b, c])
 }
@@ -356,7 +359,8 @@ fn generated_mac(name: &str, index: usize) -> terem_config::MacAddress {
 /// The given name, or one made from the first disk's or the kernel's file.
 fn name(config: &MachineConfig) -> String {
     let stem = |p: &Path| p.file_stem().map(|s| s.to_string_lossy().into_owned());
-    let from_file = || config.disks.first().map(|d| d.path.as_path()).or(config.kernel.as_deref()).and_then(stem);
+    let from_file =
+        || config.disks.first().map(|d| d.path.as_path()).or(config.kernel.as_deref()).and_then(stem);
     let raw = config.name.clone().or_else(from_file).unwrap_or_default();
     let clean: String = raw
         .chars()
@@ -389,7 +393,8 @@ mod tests {
         assert_eq!(p.name, "debian");
         assert_eq!(p.rng.unwrap().to_string(), "0000:00:01.0");
         assert_eq!(p.nets[0].address.to_string(), "0000:00:02.0");
-        let disks: Vec<_> = p.disks.iter().map(|d| (d.address.to_string(), d.guest_name.as_str(), d.queues)).collect();
+        let disks: Vec<_> =
+            p.disks.iter().map(|d| (d.address.to_string(), d.guest_name.as_str(), d.queues)).collect();
         assert_eq!(disks, [("0000:00:03.0".into(), "/dev/vda", 8), ("0000:00:04.0".into(), "/dev/vdb", 8)]);
         assert_eq!(p.accelerator.reason.as_deref(), Some("this host has no /dev/kvm"));
         assert_eq!(p.cpus.model, "terem64");
@@ -416,6 +421,9 @@ mod tests {
 
     #[test]
     fn names_of_disks_go_on_after_z() {
-        assert_eq!((disk_name(25), disk_name(26), disk_name(52)), ("/dev/vdz".into(), "/dev/vdaa".into(), "/dev/vdba".into()));
+        assert_eq!(
+            (disk_name(25), disk_name(26), disk_name(52)),
+            ("/dev/vdz".into(), "/dev/vdaa".into(), "/dev/vdba".into())
+        );
     }
 }

@@ -1,16 +1,15 @@
 //! PCI addresses on bus 0, and where INTx pins lead.
 
 use serde::{Serialize, Serializer};
-use terem_devices::pci::Address;
+use terem_devices::chipset::router::{PIRQ_GSI, pirq};
+use terem_devices::pci::{Address, Pin};
 
 /// Device numbers on a bus.
 pub const SLOTS: u8 = 32;
 /// INTA# to INTD#.
-pub const INTX_PINS: u8 = 4;
+pub const INTX_PINS: [Pin; 4] = [Pin::A, Pin::B, Pin::C, Pin::D];
 /// The slot of the LPC bridge, the last one.
 const LPC_SLOT: u8 = 31;
-/// The first I/O APIC input that PCI interrupts use (ICH9 datasheet, "PIRQA# – IRQ16").
-const FIRST_GSI: u32 = 16;
 
 /// The memory controller hub's host bridge.
 #[must_use]
@@ -24,19 +23,10 @@ pub fn lpc() -> Address {
     Address::new(LPC_SLOT, 0)
 }
 
-/// Which of the wires PIRQA (0) to PIRQH (7) the INTx pin `pin` (0–3) of a slot is on: the ICH9's own devices
-/// (from slot 25 on) are on A to D, pin by pin; the others on E to H, turned by one from slot to slot so that
-/// they share evenly.
+/// The I/O APIC input that an INTx pin of a slot arrives at.
 #[must_use]
-pub fn pirq(slot: u8, pin: u8) -> u8 {
-    const FIRST_OWN: u8 = 25;
-    if slot >= FIRST_OWN { pin % INTX_PINS } else { INTX_PINS + slot.wrapping_add(pin) % INTX_PINS }
-}
-
-/// The I/O APIC input that the pin arrives at.
-#[must_use]
-pub fn gsi(slot: u8, pin: u8) -> u32 {
-    FIRST_GSI + u32::from(pirq(slot, pin))
+pub fn gsi(slot: u8, pin: Pin) -> u32 {
+    PIRQ_GSI + u32::from(pirq(slot, pin))
 }
 
 /// Hands out slots in ascending order.
@@ -87,10 +77,10 @@ mod tests {
 
     #[test]
     fn pins_are_spread_over_the_wires() {
-        assert_eq!([1, 2, 3, 4, 5].map(|slot| gsi(slot, 0)), [21, 22, 23, 20, 21]);
-        assert_eq!([0, 1, 2, 3].map(|pin| gsi(31, pin)), [16, 17, 18, 19]);
+        assert_eq!([1, 2, 3, 4, 5].map(|slot| gsi(slot, Pin::A)), [21, 22, 23, 20, 21]);
+        assert_eq!(INTX_PINS.map(|pin| gsi(31, pin)), [16, 17, 18, 19]);
         for slot in 0..SLOTS {
-            for pin in 0..INTX_PINS {
+            for pin in INTX_PINS {
                 assert!((16..24).contains(&gsi(slot, pin)));
             }
         }

@@ -68,7 +68,8 @@ impl Plan {
 
 impl fmt::Display for MemoryMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut rows: Vec<(u64, u64, String)> = self.ram().iter().map(|r| (r.base, r.size, "RAM".into())).collect();
+        let mut rows: Vec<(u64, u64, String)> =
+            self.ram().iter().map(|r| (r.base, r.size, "RAM".into())).collect();
         rows.push((self.ecam.base, self.ecam.size, "PCI configuration space".into()));
         rows.push((self.pci32.base, self.pci32.size, "PCI, 32-bit BARs".into()));
         rows.push((IOAPIC_BASE, 0x1000, "I/O APIC".into()));
@@ -82,7 +83,12 @@ impl fmt::Display for MemoryMap {
                 s if s >= 1 << 20 && s.is_multiple_of(1 << 20) => (s >> 20, "MiB"),
                 s => (s >> 10, "KiB"),
             };
-            let last = base + match unit { "GiB" => size << 30, "MiB" => size << 20, _ => size << 10 } - 1;
+            let last =
+                base + match unit {
+                    "GiB" => size << 30,
+                    "MiB" => size << 20,
+                    _ => size << 10,
+                } - 1;
             writeln!(f, "  {base:#014x}–{last:#014x} {size:>6} {unit}  {what}")?;
         }
         debug_assert!(self.high_end >= HIGH_MEMORY);

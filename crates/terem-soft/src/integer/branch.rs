@@ -29,11 +29,19 @@ pub(super) fn handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     Some(match insn.mnemonic() {
         Mnemonic::Jmp | Mnemonic::Call => {
             let call = insn.mnemonic() == Mnemonic::Call;
-            if insn.is_jmp_far() || insn.is_call_far() || insn.is_jmp_far_indirect() || insn.is_call_far_indirect() {
+            if insn.is_jmp_far()
+                || insn.is_call_far()
+                || insn.is_jmp_far_indirect()
+                || insn.is_call_far_indirect()
+            {
                 return None;
             }
             if target != 0 {
-                return Some(if call { worded!(target, call_relative) } else { worded!(target, jump_relative) });
+                return Some(if call {
+                    worded!(target, call_relative)
+                } else {
+                    worded!(target, jump_relative)
+                });
             }
             let w = width(insn, 0);
             let from_memory = is_mem(insn, 0);

@@ -40,7 +40,8 @@ pub(super) fn handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
         });
     }
     // loope and loopne, and x87's fcmovcc have conditions too.
-    if insn.flow_control() != FlowControl::Next || insn.op0_kind() == OpKind::Register && !insn.op0_register().is_gpr()
+    if insn.flow_control() != FlowControl::Next
+        || insn.op0_kind() == OpKind::Register && !insn.op0_register().is_gpr()
     {
         return None;
     }

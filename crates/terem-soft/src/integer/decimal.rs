@@ -173,4 +173,3 @@ fn arpl_memory(cpu: &mut Cpu, op: &Op) -> Exec {
     set_zero(cpu, changed);
     Ok(())
 }
-

@@ -1,6 +1,5 @@
 //! `xchg`, `xadd`, `cmpxchg` and its wide forms.
 
-
 use iced_x86::{Instruction, Mnemonic};
 
 use super::operand::{bus_lock, is_mem, reg, sized, width};

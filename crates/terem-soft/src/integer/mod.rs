@@ -13,6 +13,8 @@ mod moves;
 mod multiply;
 mod operand;
 mod strings;
+#[cfg(test)]
+mod tests;
 mod width;
 
 use iced_x86::Instruction;

@@ -184,11 +184,7 @@ impl Cpu {
     /// Reads the memory operand, changes it and writes it back, all atomically. `change` may be called
     /// several times; its last call counts.
     #[inline(always)]
-    pub(super) fn modify_locked<T: Int>(
-        &mut self,
-        op: &Op,
-        change: impl FnMut(T) -> T,
-    ) -> Exec {
+    pub(super) fn modify_locked<T: Int>(&mut self, op: &Op, change: impl FnMut(T) -> T) -> Exec {
         let at = self.linear(op, self.offset(op), T::SIZE, true)?;
         self.modify_locked_at(at, op.segment, change)
     }

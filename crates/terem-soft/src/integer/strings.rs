@@ -293,10 +293,11 @@ fn scas<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn cmps<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    let first = place::<A>(cpu, op, SI, W::SIZE, false)?;
-    let a = cpu.load_in::<W>(first, op.segment)?;
+    // Where both sides fault, the second one's fault is reported, as the host does it.
     let second = place::<A>(cpu, op, DI, W::SIZE, false)?;
     let b = cpu.load_in::<W>(second, ES)?;
+    let first = place::<A>(cpu, op, SI, W::SIZE, false)?;
+    let a = cpu.load_in::<W>(first, op.segment)?;
     let (_, flags) = W::sub(0, a, b);
     cpu.set_flags(flags);
     advance::<A>(cpu, SI, W::SIZE);

@@ -4,8 +4,8 @@
 //! see what they mean. Registers that address memory then get values that lead to the data pages.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, MandatoryPrefix, Mnemonic,
-    OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, MandatoryPrefix,
+    Mnemonic, OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
 use super::case::{CODE, CODE_LEN, Case, DATA, DATA_LEN, FxArea, READ_ONLY, Random, fill, value};
@@ -14,8 +14,12 @@ use crate::decode::gpr_number;
 /// What may be tried.
 pub(super) struct Generator {
     codes: Vec<Code>,
+    /// Whether a code is among them.
+    known: Vec<bool>,
 }
 
+/// As [`crate::decode`] does it for a model without BMI1 and ABM.
+pub(super) const DECODING: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD;
 /// Longest sequence.
 const MAX_SEQUENCE: usize = 6;
 const ARITHMETIC: u64 = 0x8d5;
@@ -23,11 +27,12 @@ const ARITHMETIC: u64 = 0x8d5;
 impl Generator {
     /// Instructions whose name `wanted` accepts.
     pub(super) fn new(wanted: impl Fn(&str) -> bool) -> Self {
-        let codes: Vec<Code> = Code::values()
-            .filter(|c| testable(*c) && wanted(&format!("{c:?}").to_lowercase()))
-            .collect();
+        let codes: Vec<Code> =
+            Code::values().filter(|c| testable(*c) && wanted(&format!("{c:?}").to_lowercase())).collect();
         assert!(!codes.is_empty(), "no instruction has such a name");
-        Self { codes }
+        let mut known = vec![false; Code::values().len()];
+        codes.iter().for_each(|c| known[*c as usize] = true);
+        Self { codes, known }
     }
 
     /// How many forms of instructions there are.
@@ -61,6 +66,9 @@ impl Generator {
         let mut starts = Vec::new();
         for _ in 0..count {
             let Some((bytes, insn)) = self.instruction(&mut r, CODE + case.len as u64) else { continue };
+            if !starts.is_empty() && only_first(insn.mnemonic()) {
+                continue;
+            }
             if case.len + bytes.len() + 16 > CODE_LEN {
                 break;
             }
@@ -70,6 +78,9 @@ impl Generator {
             // Later instructions find registers as earlier ones leave them; only the first is sure.
             aim(&insn, &mut case, &mut r);
             case.undefined |= undefined_flags(&insn);
+            if matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu) {
+                break; // nothing after it may aim its register elsewhere
+            }
         }
         join_branches(&mut case, &starts, &mut r);
         case
@@ -79,9 +90,9 @@ impl Generator {
         for _ in 0..50 {
             let code = r.pick(&self.codes);
             let bytes = encode(code, r);
-            let mut decoder = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NO_MPFX_0FBC);
+            let mut decoder = Decoder::with_ip(64, &bytes, ip, DECODING);
             let insn = decoder.decode();
-            if insn.is_invalid() || !testable(insn.code()) || !self.codes.contains(&insn.code()) {
+            if insn.is_invalid() || !self.known[insn.code() as usize] {
                 // An instruction that does not exist is worth a try now and then, if it is a known one
                 // with a prefix or operand that it must not have.
                 if !(insn.is_invalid() && r.chance(2) && bytes.contains(&0xf0)) {
@@ -89,7 +100,9 @@ impl Generator {
                 }
                 return None;
             }
-            if matches!(insn.segment_prefix(), Register::FS | Register::GS) {
+            if matches!(insn.segment_prefix(), Register::FS | Register::GS)
+                || differs_by_vendor(&insn, &bytes)
+            {
                 continue;
             }
             let mut bytes = bytes[..insn.len()].to_vec();
@@ -105,7 +118,7 @@ impl Generator {
                 let at = places.displacement_offset();
                 bytes[at..at + 4].copy_from_slice(&(target.wrapping_sub(from) as u32).to_le_bytes());
             }
-            let insn = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NO_MPFX_0FBC).decode();
+            let insn = Decoder::with_ip(64, &bytes, ip, DECODING).decode();
             return Some((bytes, insn));
         }
         None
@@ -187,9 +200,34 @@ fn testable(code: Code) -> bool {
         return false;
     }
     const FEATURES: &[CpuidFeature] = &[
-        F::INTEL8086, F::INTEL186, F::INTEL286, F::INTEL386, F::INTEL486, F::X64, F::FPU, F::FPU287, F::FPU387,
-        F::MULTIBYTENOP, F::CMOV, F::MMX, F::SSE, F::SSE2, F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::POPCNT,
-        F::AES, F::PCLMULQDQ, F::MOVBE, F::CMPXCHG16B, F::CX8, F::CLFSH, F::CLFLUSHOPT, F::PAUSE, F::LZCNT,
+        F::INTEL8086,
+        F::INTEL186,
+        F::INTEL286,
+        F::INTEL386,
+        F::INTEL486,
+        F::X64,
+        F::FPU,
+        F::FPU287,
+        F::FPU387,
+        F::MULTIBYTENOP,
+        F::CMOV,
+        F::MMX,
+        F::SSE,
+        F::SSE2,
+        F::SSE3,
+        F::SSSE3,
+        F::SSE4_1,
+        F::SSE4_2,
+        F::POPCNT,
+        F::AES,
+        F::PCLMULQDQ,
+        F::MOVBE,
+        F::CMPXCHG16B,
+        F::CX8,
+        F::CLFSH,
+        F::CLFLUSHOPT,
+        F::PAUSE,
+        F::LZCNT,
         F::PREFETCHW,
     ];
     if !code.cpuid_features().iter().all(|f| FEATURES.contains(f)) {
@@ -217,20 +255,98 @@ fn testable(code: Code) -> bool {
     if kinds.iter().any(system) {
         return false;
     }
-    let insn = { let mut i = Instruction::new(); i.set_code(code); i };
+    let insn = {
+        let mut i = Instruction::new();
+        i.set_code(code);
+        i
+    };
     if !matches!(insn.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch) {
         return false;
     }
     use Mnemonic as M;
     !matches!(
         insn.mnemonic(),
-        M::Popf | M::Popfq | M::Iretq | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr
-            | M::Verw | M::Lss | M::Lfs | M::Lgs | M::In | M::Out | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw
-            | M::Outsd | M::Cli | M::Sti | M::Arpl | M::Cpuid | M::Hlt | M::Invd | M::Fxsave | M::Fxsave64
-            | M::Fxrstor | M::Fxrstor64 | M::Rdtsc | M::Loadall | M::Umov | M::Ibts | M::Xbts
-            | M::Fstsg | M::Frstpm | M::Fstdw | M::Fnstdw | M::Fsetpm | M::Fnsetpm | M::Reservednop
-            | M::Getsec | M::Lmsw | M::Clts | M::Wait
+        M::Popf
+            | M::Popfq
+            | M::Iretq
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Lss
+            | M::Lfs
+            | M::Lgs
+            | M::In
+            | M::Out
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Cli
+            | M::Sti
+            | M::Arpl
+            | M::Cpuid
+            | M::Hlt
+            | M::Invd
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Rdtsc
+            | M::Loadall
+            | M::Umov
+            | M::Ibts
+            | M::Xbts
+            | M::Fstsg
+            | M::Frstpm
+            | M::Fstdw
+            | M::Fnstdw
+            | M::Fsetpm
+            | M::Fnsetpm
+            | M::Reservednop
+            | M::Getsec
+            | M::Lmsw
+            | M::Clts
+            | M::Wait
     )
+}
+
+/// Whether an instruction is for the beginning of a sequence only: it stores what the last x87 instruction
+/// was, which the interpreter does not keep, or its address must be good, since whether masked bytes fault
+/// depends on the processor (Intel SDM vol. 2, MASKMOVDQU).
+fn only_first(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Maskmovq | M::Maskmovdqu)
+}
+
+/// What means different things on different processors: an operand-size prefix before a branch (AMD cuts
+/// RIP, Intel ignores it), F3 before bit scans (where the host has `tzcnt` and `lzcnt` and the model not),
+/// `pause` with REX.B, which is `xchg r8, rax` to some, and F2 and F3 before `loope` and `loopne` (on AMD Zen
+/// they override the condition).
+fn differs_by_vendor(insn: &Instruction, bytes: &[u8]) -> bool {
+    let bytes = &bytes[..insn.len()];
+    let branch = insn.flow_control() == FlowControl::ConditionalBranch;
+    let scan = matches!(insn.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr);
+    let pause = insn.mnemonic() == Mnemonic::Pause;
+    let looping = matches!(insn.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne);
+    (pause && insn.len() > 2)
+        || (looping && (bytes.contains(&0xf2) || bytes.contains(&0xf3)))
+        || (branch && bytes.contains(&0x66))
+        || (scan && bytes.contains(&0xf3))
+}
+
+/// An instruction without operands, to ask about its kind.
+fn blank(code: Code) -> Instruction {
+    let mut insn = Instruction::new();
+    insn.set_code(code);
+    insn
 }
 
 /// Bytes that begin like this instruction.
@@ -240,7 +356,7 @@ fn encode(code: Code, r: &mut Random) -> Vec<u8> {
     if r.chance(2) || (o.can_use_lock_prefix() && r.chance(15)) {
         bytes.push(0xf0);
     }
-    let string = Instruction::with(code).is_string_instruction();
+    let string = blank(code).is_string_instruction();
     if r.chance(if string { 50 } else { 2 }) {
         bytes.push(if r.chance(60) { 0xf3 } else { 0xf2 });
     }
@@ -262,7 +378,7 @@ fn encode(code: Code, r: &mut Random) -> Vec<u8> {
         MandatoryPrefix::PF2 => bytes.push(0xf2),
         _ => {}
     }
-    let wide = o.operand_size() == 64 || format!("{code:?}").contains("rm64") || o.op_kinds().iter().any(is_64);
+    let wide = o.operand_size() == 64 || o.op_kinds().iter().any(is_64);
     if wide || r.chance(40) {
         bytes.push(0x40 | r.next() as u8 & 7 | if wide || r.chance(10) { 8 } else { 0 });
     }
@@ -307,7 +423,11 @@ fn is_64(k: &OpCodeOperandKind) -> bool {
 
 /// Sets the registers that address memory, so that the instruction finds data.
 fn aim(insn: &Instruction, case: &mut Case, r: &mut Random) {
-    if insn.is_string_instruction() || matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) {
+    if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) {
+        case.gpr[7] = DATA + r.next() % (DATA_LEN as u64 - 16);
+        return;
+    }
+    if insn.is_string_instruction() {
         for n in [6, 7] {
             if r.chance(90) {
                 case.gpr[n] = pointer(r, 64);

@@ -8,7 +8,8 @@ use terem_memory::{GuestMemory, RamRange};
 
 use super::case::{CODE, Case, DATA, DATA_LEN, END, FxArea, Outcome, READ_ONLY, fill};
 use crate::cpu::{Cpu, cr0, cr4, efer};
-use crate::decode::decode;
+use crate::decode::{CodeSize, decode};
+use crate::fault::Fault;
 use crate::op::IP_REG;
 use crate::{SoftAccelerator, SoftConfig};
 
@@ -23,25 +24,45 @@ const PATIENCE: usize = 1_000_000;
 
 /// A vCPU for experiments.
 pub(crate) struct Guest {
-    pub(super) cpu: Box<Cpu>,
+    pub(crate) cpu: Box<Cpu>,
 }
 
 impl Guest {
-    pub(super) fn new() -> Self {
-        let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
-        let model = CpuModel::find("max", &[])
-            .or_else(|_| CpuModel::find("terem64", &[]))
-            .unwrap();
-        let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40 };
-        let bus = Arc::new(Bus::new(Clock::manual()));
-        let cpu = SoftAccelerator::new(bus, memory, config).unwrap().make(0).unwrap();
-        let mut guest = Self { cpu };
+    /// In 64-bit user mode, with the pages of an experiment.
+    pub(crate) fn new() -> Self {
+        let mut guest = Self::after_reset();
         guest.long_mode();
         guest
     }
 
+    /// In real mode, or protected mode with flat 32-bit segments; no paging, 1 MiB of memory.
+    pub(crate) fn unpaged(size: CodeSize) -> Self {
+        let mut guest = Self::after_reset();
+        let cpu = &mut guest.cpu;
+        cpu.gpr = [0; 18];
+        for (i, s) in cpu.segments.iter_mut().enumerate() {
+            *s = match size {
+                CodeSize::Code16 => Segment::real_mode(0, i == VcpuState::CS),
+                _ => Segment::flat(8, i == VcpuState::CS, false),
+            };
+        }
+        if size != CodeSize::Code16 {
+            cpu.cr0 |= cr0::PE;
+        }
+        cpu.refresh_mode();
+        guest
+    }
+
+    fn after_reset() -> Self {
+        let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
+        let model = CpuModel::find("max", &[]).or_else(|_| CpuModel::find("terem64", &[])).unwrap();
+        let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40 };
+        let bus = Arc::new(Bus::new(Clock::manual()));
+        Self { cpu: SoftAccelerator::new(bus, memory, config).unwrap().make(0).unwrap() }
+    }
+
     /// Physical memory.
-    pub(super) fn ram(&mut self) -> &mut [u8] {
+    pub(crate) fn ram(&mut self) -> &mut [u8] {
         // SAFETY: 1 MiB of RAM at 0, and nobody else has this vCPU or its memory.
         unsafe { std::slice::from_raw_parts_mut(self.cpu.memory.window_base(), 1 << 20) }
     }
@@ -79,6 +100,7 @@ impl Guest {
         cpu.segments[VcpuState::CS] = Segment::flat(0x33, true, true);
         cpu.segments[VcpuState::CS].access |= ring3;
         cpu.cpl = 3;
+        cpu.gpr = [0; 18];
         cpu.flush_tlb();
         cpu.refresh_mode();
     }
@@ -94,30 +116,41 @@ impl Guest {
         cpu.set_rflags(case.rflags);
         load_fx(cpu, &case.fx);
         let mut outcome = Outcome { vector: END, ..Outcome::NONE };
-        let mut rip = CODE;
-        for _ in 0..PATIENCE {
-            let at = rip.wrapping_sub(CODE);
-            if at as usize >= case.len {
-                break;
-            }
-            let decoded = decode(&case.code[at as usize..], at as u16, cpu.mode, &cpu.instruction_set);
-            let (op, _) = decoded.expect("the case ends within its code");
-            cpu.gpr[usize::from(IP_REG)] = CODE;
-            cpu.rip = CODE + u64::from(op.next);
-            if let Err(fault) = (op.run)(cpu, &op) {
-                outcome.vector = u32::from(fault.vector);
-                outcome.code = fault.code;
-                outcome.cr2 = cpu.cr2;
-                break;
-            }
-            rip = cpu.rip;
+        let (rip, fault) = self.execute(CODE, &case.code[..case.len]);
+        if let Some(fault) = fault {
+            outcome.vector = u32::from(fault.vector);
+            outcome.code = fault.code;
+            outcome.cr2 = self.cpu.cr2;
         }
+        let cpu = &mut self.cpu;
         outcome.rip = rip;
         outcome.gpr.copy_from_slice(&cpu.gpr[..16]);
         outcome.rflags = cpu.rflags();
         outcome.fx.0.copy_from_slice(&cpu.save_xsave()[..512]);
         outcome.data.copy_from_slice(&self.ram()[DATA_PAGES..DATA_PAGES + DATA_LEN]);
         outcome
+    }
+
+    /// Executes `code`, which lies at offset `start` of CS, until it is left or faults. Gives RIP and the
+    /// fault.
+    pub(crate) fn execute(&mut self, start: u64, code: &[u8]) -> (u64, Option<Fault>) {
+        let cpu = &mut self.cpu;
+        let mut rip = start;
+        for _ in 0..PATIENCE {
+            let at = rip.wrapping_sub(start);
+            if at >= code.len() as u64 {
+                break;
+            }
+            let decoded = decode(&code[at as usize..], at as u16, cpu.mode, &cpu.instruction_set);
+            let (op, _) = decoded.expect("the code ends with an instruction");
+            cpu.gpr[usize::from(IP_REG)] = start;
+            cpu.rip = start + u64::from(op.next);
+            if let Err(fault) = (op.run)(cpu, &op) {
+                return (rip, Some(fault));
+            }
+            rip = cpu.rip;
+        }
+        (rip, None)
     }
 }
 

@@ -25,8 +25,6 @@ struct Shared {
 /// The host's processor, ready to run cases.
 pub(super) struct Native {
     shared: *mut Shared,
-    /// The code page where it can be written.
-    writable: *mut u8,
     child: Option<Child>,
 }
 
@@ -75,7 +73,7 @@ impl Native {
         let shared = map(0, size_of::<Shared>(), RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1);
         SHARED.store(shared.cast(), Ordering::Relaxed);
         WRITABLE.store(writable, Ordering::Relaxed);
-        Self { shared: shared.cast(), writable, child: None }
+        Self { shared: shared.cast(), child: None }
     }
 
     /// Runs up to [`BATCH`] cases.
@@ -100,12 +98,6 @@ impl Native {
             }
         }
         shared.outcomes[..cases.len()].to_vec()
-    }
-
-    /// The code page's bytes, as the last case left them.
-    pub(super) fn code_page(&self) -> &[u8] {
-        // SAFETY: the mapping lives as long as the process.
-        unsafe { std::slice::from_raw_parts(self.writable, 0x1000) }
     }
 }
 
@@ -148,7 +140,8 @@ fn spawn() -> Child {
         assert!(libc::pipe(go.as_mut_ptr()) == 0 && libc::pipe(done.as_mut_ptr()) == 0);
         GO.store(go[0] as u32, Ordering::Relaxed);
         DONE.store(done[1] as u32, Ordering::Relaxed);
-        let stack = map(0, 0x10000, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+        let stack =
+            map(0, 0x10000, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
         let pid = libc::fork();
         assert!(pid >= 0);
         if pid == 0 {

@@ -371,6 +371,24 @@ immediate_table! {
     Roundss M32 Shape::Whole, "roundss";
 }
 
+/// `dpps` and `dppd`, whose multiplications and additions raise exceptions one step after the other: if any
+/// is not masked, the steps (`P`: multiply, `H`: add pairs) are tried before.
+fn dot_product<F: WithImmediate, P: Float, H: Float, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
+    if cpu.mxcsr & MASKS != MASKS {
+        let (a, b) = (cpu.vector(op.reg).bits(), S::get(cpu, op)?.bits());
+        let width = if P::RESULT == Shape::Double(2) { 64 } else { 32 };
+        let lane = u128::from(u64::MAX >> (64 - width));
+        let wanted = |i: &u32| op.imm >> (4 + i) & 1 != 0;
+        let lanes = (0..128 / width).filter(wanted).fold(0, |m, i| m | lane << (i * width));
+        let products = cpu.float::<P>(V::from(a & lanes), V::from(b & lanes))?;
+        let sums = cpu.float::<H>(products, products)?;
+        if width == 32 {
+            cpu.float::<H>(sums, sums)?;
+        }
+    }
+    immediate::<F, S>(cpu, op)
+}
+
 /// Comparisons that set ZF, PF and CF, and clear OF, SF and AF.
 macro_rules! compare_table {
     ($($mnemonic:ident $name:ident $memory:ident $host:literal;)*) => {
@@ -543,6 +561,14 @@ from_general_table! {
 }
 
 pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
+    let memory = insn.op1_kind() == OpKind::Memory;
+    match insn.mnemonic() {
+        Mnemonic::Dppd if memory => return Some(dot_product::<Dppd, Mulpd, Haddpd, M128>),
+        Mnemonic::Dppd => return Some(dot_product::<Dppd, Mulpd, Haddpd, Register>),
+        Mnemonic::Dpps if memory => return Some(dot_product::<Dpps, Mulps, Haddps, M128>),
+        Mnemonic::Dpps => return Some(dot_product::<Dpps, Mulps, Haddps, Register>),
+        _ => {}
+    }
     plain(insn)
         .or_else(|| with_immediate(insn))
         .or_else(|| compare(insn))

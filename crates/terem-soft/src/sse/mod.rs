@@ -17,8 +17,8 @@ pub(crate) mod oracle;
 mod tests;
 
 use iced_x86::Instruction;
-use terem_cpu::FeatureSet;
 use terem_cpu::FEATURES;
+use terem_cpu::FeatureSet;
 
 use crate::decode::Mode;
 use crate::op::{Handler, Op};

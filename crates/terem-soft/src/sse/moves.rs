@@ -6,7 +6,7 @@ use super::float::MXCSR_MASK;
 use super::vector::{M32, M64, M128, Register, Source, U128, V};
 use crate::cpu::Cpu;
 use crate::fault::{Exec, Fault};
-use crate::mmu::Access;
+use crate::mmu::{Access, PAGE_MASK};
 use crate::op::{Handler, Op};
 
 const LOW32: u128 = 0xffff_ffff;
@@ -149,7 +149,9 @@ fn insert<const BITS: u32, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
 
 /// The sign bits of the elements, to a general register.
 fn signs<const BITS: u32>(cpu: &mut Cpu, op: &Op) -> Exec {
-    use core::arch::x86_64::{_mm_castsi128_pd, _mm_castsi128_ps, _mm_movemask_epi8, _mm_movemask_pd, _mm_movemask_ps};
+    use core::arch::x86_64::{
+        _mm_castsi128_pd, _mm_castsi128_ps, _mm_movemask_epi8, _mm_movemask_pd, _mm_movemask_ps,
+    };
     let v = cpu.vector(op.rm).0;
     // SAFETY: SSE2 is part of x86-64.
     let mask = unsafe {
@@ -178,7 +180,11 @@ impl Cpu {
             if mask[i] & 0x80 != 0 {
                 let offset = self.string_offset(op, i as u64);
                 let at = self.linear(op, offset, 1, true)?;
-                self.translate(self.wrap(at), Access::Write)?;
+                self.canonical(at, 1, op.segment)?;
+                // The fault's address is that of the first byte on the page, wanted or not.
+                let first = self.wrap(at.wrapping_sub(i as u64));
+                let page = self.wrap(at) & PAGE_MASK;
+                self.translate(if first & PAGE_MASK == page { first } else { page }, Access::Write)?;
                 *place = Some(at);
             }
         }

@@ -180,7 +180,9 @@ impl Cpu {
     pub(crate) fn set_cr3(&mut self, value: u64) -> Exec {
         let keep = self.cr4 & cr4::PCIDE != 0 && value >> 63 != 0;
         let value = if self.cr4 & cr4::PCIDE != 0 { value & !(1 << 63) } else { value };
-        if self.long_mode() && value & 0x000f_ffff_ffff_ffff >> self.cpuid.phys_bits() << self.cpuid.phys_bits() != 0 {
+        if self.long_mode()
+            && value & 0x000f_ffff_ffff_ffff >> self.cpuid.phys_bits() << self.cpuid.phys_bits() != 0
+        {
             return Err(Fault::GP0);
         }
         self.cr3 = value;
@@ -191,7 +193,8 @@ impl Cpu {
 
     pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
         let f = &self.cpuid.model().features;
-        let mut known = cr4::VME | cr4::PVI | cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
+        let mut known =
+            cr4::VME | cr4::PVI | cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
         known |= cr4::OSFXSR | cr4::OSXMMEXCPT;
         let optional = [
             ("umip", cr4::UMIP),
@@ -253,7 +256,11 @@ fn store_table(cpu: &mut Cpu, op: &Op, table: DescriptorTable) -> Exec {
     cpu.not_under_umip()?;
     let at = cpu.operand_address(op, if op.extra & 1 != 0 { 10 } else { 6 }, true)?;
     cpu.store(at, table.limit)?;
-    if op.extra & 1 != 0 { cpu.store(at.wrapping_add(2), table.base) } else { cpu.store(at.wrapping_add(2), table.base as u32) }
+    if op.extra & 1 != 0 {
+        cpu.store(at.wrapping_add(2), table.base)
+    } else {
+        cpu.store(at.wrapping_add(2), table.base as u32)
+    }
 }
 
 fn sgdt(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -276,7 +283,8 @@ fn smsw(cpu: &mut Cpu, op: &Op) -> Exec {
 
 fn lmsw(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.privileged()?;
-    let value = if op.extra != 0 { cpu.load_operand::<u16>(op)? } else { cpu.gpr[usize::from(op.reg)] as u16 };
+    let value =
+        if op.extra != 0 { cpu.load_operand::<u16>(op)? } else { cpu.gpr[usize::from(op.reg)] as u16 };
     // PE can be set but not cleared.
     let keep = cpu.cr0 & !(cr0::MP | cr0::EM | cr0::TS);
     cpu.set_cr0(keep | u64::from(value) & 15)

@@ -135,7 +135,12 @@ impl Cpu {
             nr::GS_BASE => segment(5),
             nr::KERNEL_GS_BASE => m.kernel_gs_base,
             nr::TSC_AUX => m.tsc_aux,
-            nr::AMD_SYSCFG | nr::AMD_HWCR | nr::AMD_NB_CFG | nr::AMD_OSVW_LENGTH | nr::AMD_LS_CFG | nr::AMD_DE_CFG => 0,
+            nr::AMD_SYSCFG
+            | nr::AMD_HWCR
+            | nr::AMD_NB_CFG
+            | nr::AMD_OSVW_LENGTH
+            | nr::AMD_LS_CFG
+            | nr::AMD_DE_CFG => 0,
             _ => return None,
         })
     }
@@ -167,7 +172,9 @@ impl Cpu {
                 *(if number & 1 == 0 { &mut pair.0 } else { &mut pair.1 }) = value;
             }
             nr::MTRR_FIX_64K => m.mtrr_fixed[0] = value,
-            nr::MTRR_FIX_16K | nr::MTRR_FIX_16K_2 => m.mtrr_fixed[(number - nr::MTRR_FIX_16K) as usize + 1] = value,
+            nr::MTRR_FIX_16K | nr::MTRR_FIX_16K_2 => {
+                m.mtrr_fixed[(number - nr::MTRR_FIX_16K) as usize + 1] = value
+            }
             nr::MTRR_FIX_4K_FIRST..=nr::MTRR_FIX_4K_LAST => {
                 m.mtrr_fixed[(number - nr::MTRR_FIX_4K_FIRST) as usize + 3] = value;
             }

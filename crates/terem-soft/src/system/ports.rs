@@ -30,7 +30,12 @@ pub(super) fn handler(insn: &Instruction, _: Mode, op: &mut Op) -> Option<Handle
             op.flags |= if immediate(0) { 0 } else { DX };
             port_out
         }
-        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
+        Mnemonic::Insb
+        | Mnemonic::Insw
+        | Mnemonic::Insd
+        | Mnemonic::Outsb
+        | Mnemonic::Outsw
+        | Mnemonic::Outsd => {
             op.extra = match insn.mnemonic() {
                 Mnemonic::Insb | Mnemonic::Outsb => 1,
                 Mnemonic::Insw | Mnemonic::Outsw => 2,

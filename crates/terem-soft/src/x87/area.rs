@@ -2,7 +2,7 @@
 
 use crate::cpu::Cpu;
 use crate::fault::{Exec, Fault};
-use crate::mmu::Access;
+use crate::mmu::{Access, PAGE_MASK};
 use crate::op::Op;
 
 impl Cpu {
@@ -79,7 +79,7 @@ impl Cpu {
         self.translate(self.wrap(at), Access::Write)?;
         let last = self.wrap(at.wrapping_add(size - 1));
         if last >> 12 != self.wrap(at) >> 12 {
-            self.translate(last, Access::Write)?;
+            self.translate(last & PAGE_MASK, Access::Write)?;
         }
         Ok(())
     }

@@ -1,10 +1,11 @@
 //! x87: state, and the choice of handlers.
 //!
-//! `native.rs` runs instructions on the host's x87; `control.rs` has those that load and store control and
+//! `native.rs` runs instructions on the host's x87, `direct.rs` the frequent ones faster; `control.rs` has those that load and store control and
 //! status words and environments; `state.rs` FXSAVE and XSAVE areas.
 
 mod area;
 mod control;
+mod direct;
 mod native;
 mod state;
 
@@ -17,6 +18,8 @@ use crate::cpu::{Cpu, cr0};
 use crate::decode::Mode;
 use crate::fault::{Exec, Fault};
 use crate::op::{Handler, Op};
+
+use direct::Shape;
 
 /// ES and B of the status word: they follow from flags and masks, so [`Fpu::status`] has them clear.
 const SUMMARY: u16 = 0x8080;
@@ -188,10 +191,18 @@ impl Cpu {
 /// Instructions on the stack alone; [`Op::extra`] says which.
 fn on_stack(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.wait_x87()?;
+    cpu.note_instruction(op);
+    let shape = Shape::from_index(op.rm);
+    let mut ah = cpu.ah;
+    if cpu.fpu.register_form_directly(shape, op.extra, &mut ah) {
+        if matches!(shape, Shape::Compare | Shape::ComparePop) {
+            (cpu.ah, cpu.of) = (ah, 0);
+        }
+        return Ok(());
+    }
     let flags = u16::from(cpu.ah) << 8 | u16::from(cpu.of);
     let flags = native::register_form(&mut cpu.fpu, op.extra, flags);
     (cpu.ah, cpu.of) = ((flags >> 8) as u8, flags as u8 & 1);
-    cpu.note_instruction(op);
     Ok(())
 }
 
@@ -200,8 +211,10 @@ fn reading<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.wait_x87()?;
     let mut operand = [0; 16];
     cpu.load_area(op, &mut operand[..SIZE])?;
-    native::memory_form(&mut cpu.fpu, op.extra, &mut operand);
     cpu.note_data(op);
+    if !cpu.fpu.reading_form_directly(Shape::from_index(op.rm), op.extra, &mut operand) {
+        native::memory_form(&mut cpu.fpu, op.extra, &mut operand);
+    }
     Ok(())
 }
 
@@ -209,12 +222,23 @@ fn reading<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
 fn writing<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.wait_x87()?;
     let mut operand = [0; 16];
+    let shape = Shape::from_index(op.rm);
+    if let Some(status) = cpu.fpu.writing_form_directly(shape, op.extra, &mut operand) {
+        cpu.store_area(op, &operand[..SIZE])?;
+        cpu.fpu.stored(shape, status);
+        cpu.note_data(op);
+        return Ok(());
+    }
     let mut fpu = cpu.fpu.clone();
     fpu.status &= !(fpu.status & !fpu.control & EXCEPTIONS);
     let kept = cpu.fpu.status & EXCEPTIONS;
     native::memory_form(&mut fpu, op.extra, &mut operand);
     if fpu.status & !fpu.control & STORES_NOTHING == 0 {
         cpu.store_area(op, &operand[..SIZE])?;
+    } else {
+        // Nothing is stored, but a bad address comes before the exception.
+        let at = cpu.operand_address(op, SIZE as u64, true)?;
+        cpu.check_writable(at, op.segment, SIZE as u64)?;
     }
     fpu.status |= kept;
     cpu.fpu = fpu;
@@ -255,12 +279,18 @@ pub(crate) fn handler(insn: &Instruction, _: Mode, op: &mut Op) -> Option<Handle
         return None;
     }
     op.extra = encoding(insn);
+    op.rm = Shape::of(insn) as u8;
     if insn.op_count() == 0 || insn.op0_kind() == OpKind::Register {
         return Some(on_stack);
     }
     let writes = matches!(
         insn.mnemonic(),
-        Mnemonic::Fst | Mnemonic::Fstp | Mnemonic::Fist | Mnemonic::Fistp | Mnemonic::Fisttp | Mnemonic::Fbstp
+        Mnemonic::Fst
+            | Mnemonic::Fstp
+            | Mnemonic::Fist
+            | Mnemonic::Fistp
+            | Mnemonic::Fisttp
+            | Mnemonic::Fbstp
     );
     match (writes, insn.memory_size().size()) {
         (false, 2) => Some(reading::<2>),

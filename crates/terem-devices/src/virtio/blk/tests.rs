@@ -324,3 +324,40 @@ fn queues_work_at_the_same_time() {
     });
     assert_eq!(g.vectors().len(), 4 * 600);
 }
+
+#[test]
+fn two_vcpus_may_notify_the_same_queue() {
+    for (packed, event_idx) in RINGS {
+        let disk = Arc::new(MemoryDisk::new(DISK));
+        let mut g = guest(&disk, 1);
+        g.start(packed, event_idx, 16, 0);
+        let mut ring = g.rings.remove(0);
+        let (head, status) = (g.put(&header(T_FLUSH, 0)), g.alloc(1));
+        let done = AtomicBool::new(false);
+        let g = &g;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    g.kick(0);
+                }
+            });
+            let mut served = 0;
+            for _ in 0..2000 {
+                while ring.room() < 2 {
+                    served += usize::from(ring.take_used().is_some());
+                }
+                ring.add(&[(head, 16, false), (status, 1, true)], false);
+                if ring.must_notify() {
+                    g.kick(0);
+                }
+            }
+            // Without the other one's notifications nothing may be left lying.
+            done.store(true, Ordering::Release);
+            super::super::testing::driver::wait_for("the rest", || {
+                served += usize::from(ring.take_used().is_some());
+                (served == 2000).then_some(())
+            });
+        });
+        assert!(!g.needs_reset());
+    }
+}

@@ -168,11 +168,12 @@ fn indices_wrap_round_many_times() {
         let size = if packed { 3 } else { 4 };
         let mut driver = DriverRing::new(memory(), RING, size, packed, event_idx);
         let mut queue = queue(&driver);
-        for round in 0..70_000_u32 {
+        let rounds = if packed || event_idx { 1000 } else { 70_000 };
+        for round in 0..rounds {
             let id = driver.add(&[(DATA, 8, true)], round % 2 == 0);
             let chain = queue.pop().unwrap().unwrap();
             queue.publish(&[(chain.token, round % 9)]).unwrap();
-            assert_eq!(driver.take_used(), Some((id, round % 9)));
+            assert_eq!(driver.take_used(), Some((id, round % 9_u32)));
             assert!(queue.pop().unwrap().is_none());
         }
     }

@@ -2,6 +2,7 @@
 //! from the driver's chapters of the specification and shares no code with [`super::super::queue`].
 
 use std::collections::HashMap;
+use std::sync::atomic::{Ordering, fence};
 
 use terem_memory::GuestMemory;
 use terem_memory::vm_memory::{Bytes, GuestAddress};
@@ -214,6 +215,8 @@ impl DriverRing {
 
     /// Whether the device has asked to be notified of what was added since this was last asked.
     pub fn must_notify(&mut self) -> bool {
+        // After what was made available.
+        fence(Ordering::SeqCst);
         let since = std::mem::take(&mut self.since);
         let n = u32::from(self.config.size);
         if self.config.packed {
@@ -256,5 +259,7 @@ impl DriverRing {
             }
             (false, after) => self.put16(c.driver, u16::from(after.is_none())),
         }
+        // Before the driver looks at the used entries again.
+        fence(Ordering::SeqCst);
     }
 }

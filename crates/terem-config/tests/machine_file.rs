@@ -1,4 +1,5 @@
 //! Machine files as users write them: round trips, equivalence with the command line's form, and the texts of errors.
+#![allow(clippy::unwrap_used)] // Here too a panic is how a test fails, also outside of test functions.
 
 use proptest::prelude::*;
 use std::path::Path;

@@ -1,5 +1,10 @@
 //! Small guests in assembler on a whole machine with the software CPU: boot, devices, power-off, reset, triple
 //! fault, pause, save and restore. They need `nasm`; without it nothing is tested.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic is how a test fails, also in what the tests share"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

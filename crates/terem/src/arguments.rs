@@ -28,7 +28,7 @@ Examples:
 pub enum Command {
     /// Run a machine.
     #[command(after_long_help = exit_codes())]
-    Run(RunArguments),
+    Run(Box<RunArguments>),
     /// List the running machines.
     Ps {
         /// As JSON.

@@ -69,12 +69,11 @@ pub fn tell_parent(handle: MachineHandle) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name("parent".into()).spawn(move || {
         let name = handle.plan().name.clone();
         drop(handle);
-        if events.iter().find(|event| matches!(event, Event::Running | Event::Ended { .. }))
-            == Some(Event::Running)
+        let first = events.iter().find(|event| matches!(event, Event::Running | Event::Ended { .. }));
+        if first == Some(Event::Running)
+            && let Err(error) = turn_to_log(&name)
         {
-            if let Err(error) = turn_to_log(&name) {
-                tracing::warn!("this machine has no log: {error}");
-            }
+            tracing::warn!("this machine has no log: {error}");
         }
     })
 }

@@ -23,7 +23,7 @@ pub enum Exit {
     /// `disk check` found mistakes.
     ImageDamaged,
     /// The guest wrote this value to the debug exit port.
-    DebugExit(u32),
+    ByGuest(u32),
     /// What the machine's own process ended with.
     OfChild(u8),
 }
@@ -54,7 +54,7 @@ impl Exit {
             Self::Stopped => 6,
             Self::ImageDamaged => 7,
             Self::OfChild(code) => code,
-            Self::DebugExit(value) => 64 | (value.to_le_bytes()[0] & 0x3f),
+            Self::ByGuest(value) => 64 | (value.to_le_bytes()[0] & 0x3f),
         }
     }
 
@@ -63,7 +63,7 @@ impl Exit {
         match outcome {
             Outcome::PoweredOff => Self::Success,
             Outcome::Panicked => Self::GuestPanicked,
-            Outcome::DebugExit(value) => Self::DebugExit(*value),
+            Outcome::DebugExit(value) => Self::ByGuest(*value),
             Outcome::Reset => Self::GuestReset,
             Outcome::TripleFault(_) => Self::TripleFault,
             Outcome::Stopped => Self::Stopped,
@@ -93,9 +93,9 @@ mod tests {
             Exit::TripleFault,
             Exit::Stopped,
             Exit::ImageDamaged,
-            Exit::DebugExit(0),
+            Exit::ByGuest(0),
         ];
         assert_eq!(exits.map(Exit::code), DESCRIPTIONS.map(|(code, _)| code));
-        assert_eq!(Exit::DebugExit(0xffff_ffff).code(), 127);
+        assert_eq!(Exit::ByGuest(0xffff_ffff).code(), 127);
     }
 }

@@ -1,4 +1,5 @@
 //! The program as users and scripts call it, for everything that needs no guest.
+#![allow(clippy::unwrap_used)] // Here too a panic is how a test fails, also outside of test functions.
 
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};

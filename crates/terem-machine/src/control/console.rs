@@ -214,7 +214,7 @@ mod tests {
             let console = console.clone();
             thread::spawn(move || console.send(b"abcdefg"))
         };
-        let got = Arc::new(Mutex::new(Vec::new()));
+        let got = Arc::new(Mutex::new(Vec::<u8>::new()));
         let sink = got.clone();
         console.connect(Box::new(move |bytes| {
             let count = bytes.len().min(3);

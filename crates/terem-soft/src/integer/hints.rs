@@ -46,7 +46,7 @@ fn pause(_: &mut Cpu, _: &Op) -> Exec {
     thread_local!(static PAUSES: Cell<u32> = const { Cell::new(0) });
     let n = PAUSES.get().wrapping_add(1);
     PAUSES.set(n);
-    if n % PAUSES_TO_YIELD == 0 {
+    if n.is_multiple_of(PAUSES_TO_YIELD) {
         std::thread::yield_now();
     }
     Ok(())

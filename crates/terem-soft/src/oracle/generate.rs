@@ -4,11 +4,12 @@
 //! see what they mean. Registers that address memory then get values that lead to the data pages.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, MandatoryPrefix,
-    Mnemonic, OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, MandatoryPrefix, Mnemonic, OpCodeOperandKind,
+    OpCodeTableKind, OpKind, Register,
 };
 
 use super::case::{CODE, CODE_LEN, Case, DATA, DATA_LEN, FxArea, READ_ONLY, Random, fill, value};
+use super::testable::{blank, testable};
 use crate::decode::gpr_number;
 
 /// What may be tried.
@@ -192,132 +193,6 @@ fn fx_area(r: &mut Random) -> FxArea {
     fx
 }
 
-/// Whether an instruction can be tried in user mode with a result that does not depend on anything else.
-fn testable(code: Code) -> bool {
-    use CpuidFeature as F;
-    let o = code.op_code();
-    if !o.is_instruction() || !o.mode64() || o.is_privileged() || o.encoding() != EncodingKind::Legacy {
-        return false;
-    }
-    const FEATURES: &[CpuidFeature] = &[
-        F::INTEL8086,
-        F::INTEL186,
-        F::INTEL286,
-        F::INTEL386,
-        F::INTEL486,
-        F::X64,
-        F::FPU,
-        F::FPU287,
-        F::FPU387,
-        F::MULTIBYTENOP,
-        F::CMOV,
-        F::MMX,
-        F::SSE,
-        F::SSE2,
-        F::SSE3,
-        F::SSSE3,
-        F::SSE4_1,
-        F::SSE4_2,
-        F::POPCNT,
-        F::AES,
-        F::PCLMULQDQ,
-        F::MOVBE,
-        F::CMPXCHG16B,
-        F::CX8,
-        F::CLFSH,
-        F::CLFLUSHOPT,
-        F::PAUSE,
-        F::LZCNT,
-        F::PREFETCHW,
-    ];
-    if !code.cpuid_features().iter().all(|f| FEATURES.contains(f)) {
-        return false;
-    }
-    let kinds = o.op_kinds();
-    let system = |k: &OpCodeOperandKind| {
-        matches!(
-            k,
-            OpCodeOperandKind::seg_reg
-                | OpCodeOperandKind::cr_reg
-                | OpCodeOperandKind::dr_reg
-                | OpCodeOperandKind::tr_reg
-                | OpCodeOperandKind::es
-                | OpCodeOperandKind::cs
-                | OpCodeOperandKind::ss
-                | OpCodeOperandKind::ds
-                | OpCodeOperandKind::fs
-                | OpCodeOperandKind::gs
-                | OpCodeOperandKind::farbr2_2
-                | OpCodeOperandKind::farbr4_2
-                | OpCodeOperandKind::mem_offs
-        )
-    };
-    if kinds.iter().any(system) {
-        return false;
-    }
-    let insn = {
-        let mut i = Instruction::new();
-        i.set_code(code);
-        i
-    };
-    if !matches!(insn.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch) {
-        return false;
-    }
-    use Mnemonic as M;
-    !matches!(
-        insn.mnemonic(),
-        M::Popf
-            | M::Popfq
-            | M::Iretq
-            | M::Sgdt
-            | M::Sidt
-            | M::Sldt
-            | M::Str
-            | M::Smsw
-            | M::Lar
-            | M::Lsl
-            | M::Verr
-            | M::Verw
-            | M::Lss
-            | M::Lfs
-            | M::Lgs
-            | M::In
-            | M::Out
-            | M::Insb
-            | M::Insw
-            | M::Insd
-            | M::Outsb
-            | M::Outsw
-            | M::Outsd
-            | M::Cli
-            | M::Sti
-            | M::Arpl
-            | M::Cpuid
-            | M::Hlt
-            | M::Invd
-            | M::Fxsave
-            | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
-            | M::Rdtsc
-            | M::Loadall
-            | M::Umov
-            | M::Ibts
-            | M::Xbts
-            | M::Fstsg
-            | M::Frstpm
-            | M::Fstdw
-            | M::Fnstdw
-            | M::Fsetpm
-            | M::Fnsetpm
-            | M::Reservednop
-            | M::Getsec
-            | M::Lmsw
-            | M::Clts
-            | M::Wait
-    )
-}
-
 /// Whether an instruction is for the beginning of a sequence only: it stores what the last x87 instruction
 /// was, which the interpreter does not keep, or its address must be good, since whether masked bytes fault
 /// depends on the processor (Intel SDM vol. 2, MASKMOVDQU).
@@ -340,13 +215,6 @@ fn differs_by_vendor(insn: &Instruction, bytes: &[u8]) -> bool {
         || (looping && (bytes.contains(&0xf2) || bytes.contains(&0xf3)))
         || (branch && bytes.contains(&0x66))
         || (scan && bytes.contains(&0xf3))
-}
-
-/// An instruction without operands, to ask about its kind.
-fn blank(code: Code) -> Instruction {
-    let mut insn = Instruction::new();
-    insn.set_code(code);
-    insn
 }
 
 /// Bytes that begin like this instruction.
@@ -506,8 +374,8 @@ fn undefined_flags(insn: &Instruction) -> u64 {
 fn join_branches(case: &mut Case, starts: &[(usize, Instruction)], r: &mut Random) {
     for (n, (at, insn)) in starts.iter().enumerate() {
         let size = match insn.code().op_code().op_kinds() {
-            [k] if matches!(k, OpCodeOperandKind::br64_1) => 1,
-            [k] if matches!(k, OpCodeOperandKind::br64_4) => 4,
+            [OpCodeOperandKind::br64_1] => 1,
+            [OpCodeOperandKind::br64_4] => 4,
             _ => continue,
         };
         let next = at + insn.len();

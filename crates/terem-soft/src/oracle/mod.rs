@@ -18,6 +18,7 @@ mod compare;
 mod generate;
 pub(crate) mod guest;
 mod native;
+mod testable;
 
 use std::collections::BTreeMap;
 

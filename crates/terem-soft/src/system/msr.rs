@@ -46,6 +46,7 @@ mod nr {
     pub(super) const AMD_SYSCFG: u32 = 0xc001_0010;
     pub(super) const AMD_HWCR: u32 = 0xc001_0015;
     pub(super) const AMD_NB_CFG: u32 = 0xc001_001f;
+    pub(super) const AMD_INT_PENDING: u32 = 0xc001_0055;
     pub(super) const AMD_PATCH_LEVEL: u32 = 0x0000_008b;
     pub(super) const AMD_OSVW_LENGTH: u32 = 0xc001_0140;
     pub(super) const AMD_LS_CFG: u32 = 0xc001_1020;
@@ -200,7 +201,7 @@ impl Cpu {
             nr::KERNEL_GS_BASE if canonical => m.kernel_gs_base = value,
             nr::TSC_AUX if value >> 32 == 0 => m.tsc_aux = value,
             nr::AMD_PATCH_LEVEL | nr::MCG_STATUS | nr::DEBUGCTL => {}
-            nr::AMD_SYSCFG | nr::AMD_HWCR | nr::AMD_NB_CFG | nr::AMD_LS_CFG | nr::AMD_DE_CFG => {}
+            nr::AMD_SYSCFG | nr::AMD_HWCR | nr::AMD_NB_CFG | nr::AMD_INT_PENDING | nr::AMD_LS_CFG | nr::AMD_DE_CFG => {}
             _ => return false,
         }
         true

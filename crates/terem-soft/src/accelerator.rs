@@ -86,7 +86,7 @@ impl SoftAccelerator {
             marks: self.memory.marks().as_ptr(),
             tlb: Tlb::new(),
             mode: crate::decode::Mode::REAL,
-            context_key: 0,
+            mode_key: crate::decode::Mode::REAL.key(),
             instruction_set: Arc::clone(&self.instruction_set),
             cr0: fresh.cr0,
             cr2: 0,

@@ -311,7 +311,6 @@ impl Apic {
             return Next::Kick;
         }
         if std::mem::take(&mut r.init) {
-            r.start_up = None;
             return Next::Init;
         }
         let start_up = r.start_up.take();
@@ -481,10 +480,14 @@ impl Apic {
             let mut r = locked(&self.registers);
             match message.mode {
                 DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                    r.request(message.vector, message.level_triggered)
+                    r.request(message.vector, message.level_triggered);
                 }
                 DeliveryMode::Nmi => r.nmi = true,
-                DeliveryMode::Init if message.assert => r.init = true,
+                DeliveryMode::Init if message.assert => {
+                    // A start-up that comes after it counts even if the vCPU sees both at once.
+                    r.init = true;
+                    r.start_up = None;
+                }
                 DeliveryMode::StartUp => r.start_up = Some(message.vector),
                 DeliveryMode::Init | DeliveryMode::Smi | DeliveryMode::ExtInt => {}
             }
@@ -574,7 +577,7 @@ impl Apic {
             reg::SELF_IPI => self.send(low & 0xff | 1 << 18 | 1 << 14, 0, true),
             reg::EOI | reg::ESR if low != 0 => return false,
             reg::TPR | reg::EOI | reg::SVR | reg::ESR | 0x2f | reg::DIVIDE => {
-                self.write_register(bus, index, low)
+                self.write_register(bus, index, low);
             }
             reg::LVT_TIMER..=reg::INITIAL => self.write_register(bus, index, low),
             _ => return false,
@@ -684,7 +687,7 @@ impl ApicSystem {
 
 impl ApicBus for ApicSystem {
     fn deliver(&self, message: ApicMessage) {
-        let mut named = self.apics.iter().filter(|a| a.is_named_by(&message));
+        let named = self.apics.iter().filter(|a| a.is_named_by(&message));
         if message.mode == DeliveryMode::LowestPriority {
             // The named one with the lowest task priority; the first of equals.
             let priority = |a: &&Arc<Apic>| locked(&a.registers).ppr();

@@ -1,8 +1,8 @@
 //! Blocks: decoded instructions up to the next jump, kept by where they lie in physical memory.
 //!
-//! A block is found in two steps: by linear address in a small direct-mapped table that is valid for one
-//! translation context, or else by physical address in a map. It is valid while the marks of its pages
-//! are what they were when it was decoded ([`terem_memory::PageMarks`]).
+//! A block is found in two steps: by linear address in a small direct-mapped table, where an entry counts
+//! only while the TLB has the same physical page there, or else by physical address in a map. It is valid
+//! while the marks of its pages are what they were when it was decoded ([`terem_memory::PageMarks`]).
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -37,11 +37,13 @@ pub(crate) struct Block {
 #[derive(Clone, Copy)]
 struct ByLinear {
     linear: u64,
-    context: u64,
+    physical: u64,
+    mode: u32,
     block: *const Block,
 }
 
-const NO_BLOCK: ByLinear = ByLinear { linear: u64::MAX, context: u64::MAX, block: std::ptr::null() };
+const NO_BLOCK: ByLinear =
+    ByLinear { linear: u64::MAX, physical: u64::MAX, mode: u32::MAX, block: std::ptr::null() };
 
 /// Hashes a physical address and a mode by multiplication.
 #[derive(Default)]
@@ -74,8 +76,6 @@ pub(crate) struct BlockCache {
     #[allow(clippy::vec_box, reason = "the addresses must stay")]
     by_physical: HashMap<(u64, u32), Box<Block>, BuildHasherDefault<KeyHasher>>,
     ops: usize,
-    /// Goes on when linear addresses may mean something else.
-    salt: u64,
     /// A block of code outside RAM, which is not kept.
     passing: Option<Box<Block>>,
 }
@@ -86,14 +86,8 @@ impl BlockCache {
             by_linear: vec![NO_BLOCK; LINEAR_ENTRIES].into_boxed_slice(),
             by_physical: HashMap::default(),
             ops: 0,
-            salt: 0,
             passing: None,
         }
-    }
-
-    /// What is known by linear address holds no longer.
-    pub(crate) fn forget_addresses(&mut self) {
-        self.salt += 1;
     }
 
     /// Drops everything.
@@ -112,24 +106,23 @@ impl Cpu {
     #[inline]
     pub(crate) fn find_block(&mut self) -> Exec<*const Block> {
         let linear = self.segment_base[terem_cpu::VcpuState::CS].wrapping_add(self.rip);
-        let context = self.context();
         let at = (linear ^ linear >> 13) as usize % LINEAR_ENTRIES;
         // SAFETY: the index is in range.
         let found = unsafe { self.blocks.by_linear.get_unchecked(at) };
-        if found.linear == linear && found.context == context {
-            // SAFETY: entries point into `by_physical`'s boxes, which are only dropped by `clear`, with the table.
-            let block = unsafe { &*found.block };
-            if self.fresh(block) {
-                return Ok(found.block);
+        if found.linear == linear && found.mode == self.mode_key {
+            // Only what the TLB lets be fetched there, and from the same place.
+            let page = self.tlb.entry(linear);
+            let physical = linear.wrapping_add(page.addend).wrapping_sub(self.window);
+            if page.execute == self.tlb.tag(linear) && physical == found.physical {
+                // SAFETY: entries point into `by_physical`'s boxes, which are only dropped by `clear`, with the
+                // table.
+                let block = unsafe { &*found.block };
+                if self.fresh(block) {
+                    return Ok(found.block);
+                }
             }
         }
-        self.find_block_slow(linear, at)
-    }
-
-    /// Which translation context the present linear addresses belong to.
-    #[inline(always)]
-    fn context(&self) -> u64 {
-        self.blocks.salt << 32 | self.tlb.generation() << 20 | u64::from(self.context_key)
+        self.find_block_slow(linear)
     }
 
     /// Whether the bytes that the block was decoded from are still there.
@@ -142,11 +135,11 @@ impl Cpu {
     }
 
     #[inline(never)]
-    fn find_block_slow(&mut self, linear: u64, at: usize) -> Exec<*const Block> {
+    fn find_block_slow(&mut self, linear: u64) -> Exec<*const Block> {
         self.fetch_allowed(linear)?;
         let linear = self.wrap(linear);
         let physical = self.translate(linear, Access::Execute)?;
-        let key = (physical, self.mode.key());
+        let key = (physical, self.mode_key);
         if let Some(known) = self.blocks.by_physical.get(&key)
             && self.fresh(known)
         {
@@ -157,8 +150,8 @@ impl Cpu {
                     >> 12
                     == second
             {
-                let block = &raw const **known_ref(&self.blocks, &key);
-                self.remember(linear, at, block, second != physical >> 12);
+                let block = std::ptr::from_ref(block_of(&self.blocks, &key));
+                self.remember(linear, physical, block, second != physical >> 12);
                 return Ok(block);
             }
         }
@@ -181,15 +174,16 @@ impl Cpu {
                 self.blocks.by_physical.insert(key, Box::new(block));
             }
         }
-        let block = &raw const **known_ref(&self.blocks, &key);
-        self.remember(linear, at, block, crosses);
+        let block = std::ptr::from_ref(block_of(&self.blocks, &key));
+        self.remember(linear, physical, block, crosses);
         Ok(block)
     }
 
-    fn remember(&mut self, linear: u64, at: usize, block: *const Block, crosses: bool) {
+    fn remember(&mut self, linear: u64, physical: u64, block: *const Block, crosses: bool) {
         // The second page's mapping is checked each time, so such blocks are not found by linear address.
         if !crosses {
-            self.blocks.by_linear[at] = ByLinear { linear, context: self.context(), block };
+            let at = (linear ^ linear >> 13) as usize % LINEAR_ENTRIES;
+            self.blocks.by_linear[at] = ByLinear { linear, physical, mode: self.mode_key, block };
         }
     }
 
@@ -272,6 +266,6 @@ impl Cpu {
 }
 
 /// The block of a key that is known to be there.
-fn known_ref<'a>(blocks: &'a BlockCache, key: &(u64, u32)) -> &'a Box<Block> {
+fn block_of<'a>(blocks: &'a BlockCache, key: &(u64, u32)) -> &'a Block {
     &blocks.by_physical[key]
 }

@@ -79,7 +79,6 @@ pub mod efer {
     pub const LME: u64 = 1 << 8;
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
-    pub const FFXSR: u64 = 1 << 14;
 }
 
 /// One vCPU. Handlers get it mutably; nobody else touches it while it runs.
@@ -121,8 +120,8 @@ pub struct Cpu {
     pub(crate) tlb: Tlb,
     /// How code is decoded now, from segments and control registers.
     pub(crate) mode: Mode,
-    /// The mode and the privilege in a few bits, as part of what a block is found by.
-    pub(crate) context_key: u32,
+    /// The mode in a few bits, as part of what a block is found by.
+    pub(crate) mode_key: u32,
     pub(crate) instruction_set: Arc<InstructionSet>,
 
     /// CR0, CR2, CR3, CR4, XCR0.
@@ -247,10 +246,5 @@ impl Cpu {
     #[must_use]
     pub fn protected(&self) -> bool {
         self.cr0 & cr0::PE != 0 && self.system_flags & rflags::VM == 0
-    }
-
-    /// Ends the block after the present instruction: for handlers that change how code is decoded.
-    pub fn end_block(&mut self) {
-        self.op_end = std::ptr::null();
     }
 }

@@ -313,7 +313,7 @@ fn operands(insn: &Instruction, mode: Mode, op: &mut Op) {
                 registers += 1;
             }
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
-                op.imm = insn.near_branch_target()
+                op.imm = insn.near_branch_target();
             }
             OpKind::FarBranch16 | OpKind::FarBranch32 => {}
             OpKind::Memory => memory = true,

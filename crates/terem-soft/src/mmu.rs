@@ -117,40 +117,30 @@ impl Tlb {
         linear & PAGE_MASK | self.generation
     }
 
-    /// The present generation: changes with each flush.
-    pub(crate) fn generation(&self) -> u64 {
-        self.generation
-    }
-
-    /// A generation that no entry has; true: the numbers began anew.
-    fn take_generation(&mut self) -> (u16, bool) {
-        let wrapped = self.next_generation > LAST_GENERATION;
-        if wrapped {
+    /// A generation that no entry has.
+    fn take_generation(&mut self) -> u16 {
+        if self.next_generation > LAST_GENERATION {
             self.sets.iter_mut().flatten().for_each(|e| *e = EMPTY);
             self.of_pcid.fill(0);
             self.next_generation = 1;
         }
         self.next_generation += 1;
-        (self.next_generation - 1, wrapped)
+        self.next_generation - 1
     }
 
     /// Forgets everything of all contexts.
-    #[must_use]
-    fn flush_all(&mut self, pcid: u16) -> bool {
+    fn flush_all(&mut self, pcid: u16) {
         self.of_pcid.fill(0);
         self.large = None;
-        self.switch(pcid, false)
+        self.switch(pcid, false);
     }
 
-    /// Goes to a context; `keep` says that what is remembered of it may stay. True: generations began
-    /// anew, so whatever else was tagged with them is void.
-    #[must_use]
-    fn switch(&mut self, pcid: u16, keep: bool) -> bool {
+    /// Goes to a context; `keep` says that what is remembered of it may stay.
+    pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
         let known = self.of_pcid[usize::from(pcid)];
-        let (generation, wrapped) = if keep && known != 0 { (known, false) } else { self.take_generation() };
+        let generation = if keep && known != 0 { known } else { self.take_generation() };
         self.of_pcid[usize::from(pcid)] = generation;
         self.generation = u64::from(generation);
-        wrapped
     }
 
     /// Forgets what is remembered of a context that is not the present one.
@@ -210,14 +200,6 @@ impl Cpu {
             1
         };
         self.tlb.select(set);
-        self.context_key = self.mode.key() | (set as u32) << 12;
-    }
-
-    /// Goes to the translations of a process context.
-    pub(crate) fn switch_context(&mut self, pcid: u16, keep: bool) {
-        if self.tlb.switch(pcid, keep) {
-            self.blocks.forget_addresses();
-        }
     }
 
     /// The present process-context identifier.
@@ -478,15 +460,12 @@ impl Cpu {
         if !self.tlb.invalidate(linear) {
             self.flush_tlb();
         }
-        self.blocks.forget_addresses();
     }
 
     /// Forgets all translations of all contexts.
     pub(crate) fn flush_tlb(&mut self) {
         let pcid = self.pcid();
-        if self.tlb.flush_all(pcid) {
-            self.blocks.forget_addresses();
-        }
+        self.tlb.flush_all(pcid);
     }
 
     /// Reads MMIO in units of up to 8 bytes.

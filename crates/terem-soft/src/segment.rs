@@ -93,6 +93,7 @@ impl Cpu {
         };
         if mode != self.mode {
             self.mode = mode;
+            self.mode_key = mode.key();
         }
         self.mode_changed();
     }

@@ -187,7 +187,7 @@ impl Cpu {
         }
         self.cr3 = value;
         let pcid = self.pcid();
-        self.switch_context(pcid, keep);
+        self.tlb.switch(pcid, keep);
         Ok(())
     }
 
@@ -316,7 +316,7 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Exec {
         0 if (linear as i64) << 16 >> 16 != linear as i64 => return Err(Fault::GP0),
         0 => cpu.invalidate_page(linear),
         1 if pcid == cpu.pcid() => {
-            cpu.switch_context(pcid, false);
+            cpu.tlb.switch(pcid, false);
         }
         1 => cpu.tlb.forget(pcid),
         2 | 3 => cpu.flush_tlb(),

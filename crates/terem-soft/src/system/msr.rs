@@ -174,7 +174,7 @@ impl Cpu {
             }
             nr::MTRR_FIX_64K => m.mtrr_fixed[0] = value,
             nr::MTRR_FIX_16K | nr::MTRR_FIX_16K_2 => {
-                m.mtrr_fixed[(number - nr::MTRR_FIX_16K) as usize + 1] = value
+                m.mtrr_fixed[(number - nr::MTRR_FIX_16K) as usize + 1] = value;
             }
             nr::MTRR_FIX_4K_FIRST..=nr::MTRR_FIX_4K_LAST => {
                 m.mtrr_fixed[(number - nr::MTRR_FIX_4K_FIRST) as usize + 3] = value;
@@ -201,7 +201,12 @@ impl Cpu {
             nr::KERNEL_GS_BASE if canonical => m.kernel_gs_base = value,
             nr::TSC_AUX if value >> 32 == 0 => m.tsc_aux = value,
             nr::AMD_PATCH_LEVEL | nr::MCG_STATUS | nr::DEBUGCTL => {}
-            nr::AMD_SYSCFG | nr::AMD_HWCR | nr::AMD_NB_CFG | nr::AMD_INT_PENDING | nr::AMD_LS_CFG | nr::AMD_DE_CFG => {}
+            nr::AMD_SYSCFG
+            | nr::AMD_HWCR
+            | nr::AMD_NB_CFG
+            | nr::AMD_INT_PENDING
+            | nr::AMD_LS_CFG
+            | nr::AMD_DE_CFG => {}
             _ => return false,
         }
         true

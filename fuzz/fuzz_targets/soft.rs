@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use terem_bus::{Bus, Clock, Handler};
-use terem_cpu::{
-    Accelerator, CpuModel, DescriptorTable, Segment, Stop, Topology, Vcpu, VcpuState, rflags,
-};
+use terem_cpu::{Accelerator, CpuModel, DescriptorTable, Segment, Stop, Topology, Vcpu, VcpuState, rflags};
 use terem_memory::vm_memory::{Bytes, GuestAddress};
 use terem_memory::{GuestMemory, RamRange};
 use terem_soft::{SoftAccelerator, SoftConfig};
@@ -100,7 +98,7 @@ fuzz_target!(|bytes: &[u8]| {
     let Some((head, code)) = bytes.split_first_chunk::<18>() else { return };
     let memory = GuestMemory::new(&[RamRange { base: 0, size: RAM }]).unwrap();
     let bus = Arc::new(Bus::new(Clock::manual()));
-    let model = CpuModel::find("max", &[]).unwrap();
+    let model = CpuModel::find("terem64", &[]).unwrap();
     let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40 };
     let Ok(accelerator) = SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config) else { return };
     let accelerator = Arc::new(accelerator);

@@ -244,7 +244,11 @@ impl Guest {
         let mut guard = console.text.lock().unwrap_or_else(PoisonError::into_inner);
         let deadline = Instant::now() + Duration::from_secs(5);
         while !guard.1 && Instant::now() < deadline {
-            guard = console.more.wait_timeout(guard, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner).0;
+            guard = console
+                .more
+                .wait_timeout(guard, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         guard.0.clone()
     }

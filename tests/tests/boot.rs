@@ -1,5 +1,7 @@
 //! Linux boots, with few and many processors, little and much memory, from each kind of image.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code: a panic is how a test fails")]
+
 use terem_tests::{Guest, alone, cached};
 
 /// Boots and checks that every processor computes right and that the memory is there.
@@ -56,7 +58,8 @@ fn the_uncompressed_kernel_boots_by_its_pvh_entry() {
     let kernel = cached("kernel-6.12/vmlinux").display().to_string();
     let initrd = cached("minimal-6.12/initramfs").display().to_string();
     let cmdline = "console=ttyS0 quiet panic=-1 terem.test=poweroff";
-    let guest = Guest::start(["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline, "--memory", "512M"]);
+    let guest =
+        Guest::start(["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline, "--memory", "512M"]);
     let ended = guest.finish();
     ended.assert_clean(0);
     assert!(ended.console.contains("TEREM: end poweroff"));

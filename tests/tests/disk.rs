@@ -1,5 +1,7 @@
 //! A guest's disk: what it writes is right, is there after a kill, and pleases qemu-img.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code: a panic is how a test fails")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -23,10 +25,15 @@ fn qemu_img_finds_nothing(image: &Path) {
 
 fn ext4(dir: &Path) -> PathBuf {
     let raw = dir.join("fs.raw");
-    succeed(Command::new("truncate").args(["-s", "256M"]).arg(&raw));
+    succeed(Command::new("truncate").args(["-s", "64M"]).arg(&raw));
     succeed(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-F"]).arg(&raw));
     let image = dir.join("fs.qcow2");
-    succeed(Command::new(terem()).args(["disk", "convert", "--from", "raw", "--to", "qcow2"]).arg(&raw).arg(&image));
+    succeed(
+        Command::new(terem())
+            .args(["disk", "convert", "--from", "raw", "--to", "qcow2"])
+            .arg(&raw)
+            .arg(&image),
+    );
     image
 }
 
@@ -56,11 +63,14 @@ fn a_raw_disk_and_a_read_only_one() {
     let dir = folder();
     let (a, b) = (dir.path().join("a.raw"), dir.path().join("b.raw"));
     succeed(Command::new("truncate").args(["-s", "32M"]).arg(&a));
-    succeed(Command::new("dd").args(["if=/dev/urandom", "bs=1M", "count=3"]).arg(format!("of={}", b.display())));
+    succeed(
+        Command::new("dd").args(["if=/dev/urandom", "bs=1M", "count=3"]).arg(format!("of={}", b.display())),
+    );
     let first = format!("{},format=raw", a.display());
     let second = format!("{},format=raw,readonly=true", b.display());
     let ended =
-        Guest::minimal("6.1", "blk,blk-read", "terem.disk=vdb", &["--disk", &first, "--disk", &second]).finish();
+        Guest::minimal("6.1", "blk,blk-read", "terem.disk=vdb", &["--disk", &first, "--disk", &second])
+            .finish();
     ended.assert_clean(0);
     assert_eq!(ended.value("vdb-ro"), "1");
     assert_eq!(ended.value("blk-sha256"), terem_tests::sha256(&b));
@@ -103,7 +113,12 @@ fn a_busy_image_names_its_holder_and_an_overlay_reads_its_base() {
     assert!(!qemu.status.success(), "qemu-io wrote to an image that a guest has");
     guest.kill();
     let top = dir.path().join("top.qcow2");
-    succeed(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).arg(&base).arg(&top));
+    succeed(
+        Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .arg(&base)
+            .arg(&top),
+    );
     let before = terem_tests::sha256(&base);
     let ended = Guest::minimal("6.1", "blk-read", "", &["--disk", &top.display().to_string()]).finish();
     ended.assert_clean(0);

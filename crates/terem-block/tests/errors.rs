@@ -231,6 +231,22 @@ fn a_probed_raw_disk_stays_raw() {
 }
 
 #[test]
+fn an_l1_entry_that_claims_to_own_no_table_gets_one() {
+    let scratch = Scratch::new();
+    let image = new_image(&scratch, "owner.qcow2", "cluster_size=4096");
+    let bytes = fs::read(&image).expect("read");
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().expect("8 bytes")) as usize;
+    patch(&image, l1, &(1_u64 << 63).to_be_bytes());
+    let disk = Disk::open(&image, &QCOW2).expect("opened");
+    assert_eq!(peer::read(&disk, 0, 512).expect("read"), [0; 512]);
+    peer::write(&disk, 1000, &[7; 5000]).expect("written");
+    assert_eq!(peer::read(&disk, 1000, 5000).expect("read"), [7; 5000]);
+    drop(disk);
+    run("qemu-img", &["check", str(&image)]);
+    run("qemu-io", &["-f", "qcow2", "-c", "read -P 7 1000 5000", str(&image)]);
+}
+
+#[test]
 fn damaged_images_neither_panic_nor_hang() {
     let scratch = Scratch::new();
     let image = new_image(&scratch, "seed.qcow2", "cluster_size=4096");

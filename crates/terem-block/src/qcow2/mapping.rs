@@ -104,11 +104,17 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether there is an L2 table that only the active image uses. A damaged entry may say so of no table at all.
+    fn has_own_l2(&self, l1_index: usize) -> bool {
+        let entry = self.l1_entry(l1_index);
+        entry & COPIED != 0 && entry & OFFSET != 0
+    }
+
     /// Makes an L2 table present that may be changed: a new one where there was none, a copy where a
     /// snapshot uses it too.
     async fn own_l2(&self, l1_index: usize) -> Result<u64, IoError> {
         loop {
-            if self.l1_entry(l1_index) & COPIED != 0
+            if self.has_own_l2(l1_index)
                 && let Some(offset) = self.present_l2(l1_index).await?
             {
                 let cluster = self.cluster_size();
@@ -118,7 +124,7 @@ impl Qcow2 {
                 return Ok(offset);
             }
             let _one = self.making_l2.all().await;
-            if self.l1_entry(l1_index) & COPIED == 0 {
+            if !self.has_own_l2(l1_index) {
                 self.make_l2(l1_index).await?;
             }
         }

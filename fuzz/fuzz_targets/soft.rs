@@ -31,7 +31,7 @@ const SLOT: usize = 16;
 /// Slots of an input that are executed.
 const SLOTS: usize = 16;
 /// How long a slot may go on.
-const PATIENCE: Duration = Duration::from_millis(4);
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// Null, 64-bit code, data, 32-bit code.
 const DESCRIPTORS: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_9b00_0000_ffff];

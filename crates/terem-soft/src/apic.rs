@@ -307,15 +307,19 @@ impl Apic {
     }
 
     fn take(r: &mut MutexGuard<'_, Registers>, accepts: Accepts) -> Next {
-        if std::mem::take(&mut r.kick) {
-            return Next::Kick;
-        }
+        // INIT and start-up before a kick: they are not part of a saved state.
         if std::mem::take(&mut r.init) {
             return Next::Init;
         }
-        let start_up = r.start_up.take();
+        let start_up = r.start_up.take().filter(|_| accepts.waiting_for_start_up);
+        if let Some(page) = start_up {
+            return Next::StartUp(page);
+        }
+        if std::mem::take(&mut r.kick) {
+            return Next::Kick;
+        }
         if accepts.waiting_for_start_up {
-            return start_up.map_or(Next::Nothing, Next::StartUp);
+            return Next::Nothing;
         }
         if r.nmi && accepts.nmi {
             r.nmi = false;

@@ -36,6 +36,8 @@ mod segment;
 mod sse;
 mod stack;
 mod system;
+#[cfg(test)]
+mod tests;
 mod x87;
 
 #[cfg(test)]

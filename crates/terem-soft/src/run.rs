@@ -51,8 +51,11 @@ impl Cpu {
         let mut at = ops.as_ptr();
         // SAFETY: one past the slice's last element.
         let end = unsafe { at.add(ops.len()) };
-        self.op_end = end;
         let shadow = std::mem::take(&mut self.interrupt_shadow);
+        // What waits for the end of an interrupt shadow comes after one instruction, not after a block: a
+        // guest may open its window for interrupts by `sti; nop; cli`.
+        // SAFETY: a block has at least one instruction.
+        self.op_end = if shadow { unsafe { at.add(1) } } else { end };
         while at < self.op_end {
             // SAFETY: between the slice's first and last element.
             let op = unsafe { &*at };

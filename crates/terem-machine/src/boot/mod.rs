@@ -133,9 +133,19 @@ pub fn load(
     map: &MemoryMap,
     rsdp: u64,
 ) -> Result<Loaded, (Role, Problem)> {
+    let loaded = load_kind(Job { kernel, initrd, cmdline, rsdp, map, space: Space::new(memory, map) })?;
+    if !memory.is_ram(loaded.entry, 1) {
+        let text = format!("its entry point {:#x} is not in memory", loaded.entry);
+        return Err((Role::Kernel, Problem::Damaged(text)));
+    }
+    Ok(loaded)
+}
+
+/// Finds out what the kernel is, and loads it as that.
+fn load_kind(job: Job<'_>) -> Result<Loaded, (Role, Problem)> {
     let in_kernel = |p| (Role::Kernel, p);
+    let kernel = job.kernel;
     let head = kernel.read_vec(0, kernel.len().min(HEAD)).map_err(in_kernel)?;
-    let job = Job { kernel, initrd, cmdline, rsdp, map, space: Space::new(memory, map) };
     if linux::is_bzimage(&head) {
         return linux::load_bzimage(job, &head);
     }

@@ -331,6 +331,24 @@ fn small_elf() -> Vec<u8> {
 }
 
 #[test]
+fn a_multiboot_header_cannot_send_the_processor_out_of_memory() {
+    let sum = 0u32.wrapping_sub(0x1bad_b002 + 0x1_0003);
+    let header =
+        |load: u32, end: u32, entry: u32| words(&[0x1bad_b002, 0x1_0003, sum, load, load, end, 0, entry]);
+    let outside = header(0x20_0000, 0, 0xff00_0000);
+    assert!(problem(&outside, None, "").contains("its entry point 0xff000000 is not in memory"));
+    // Nothing, loaded to nowhere, and from a file as from memory.
+    let nothing = header(0xff00_0000, 0xff00_0000, 0x20_0000);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    std::fs::write(&path, &nothing).unwrap();
+    let (memory, map) = guest(8 * MIB);
+    assert_eq!(load(&BytesImage(&nothing), None, "", &memory, &map, 0).unwrap().entry, 0x20_0000);
+    let files = BootFiles::open(&path, None, "").unwrap();
+    assert_eq!(files.load(&memory, &map, 0).unwrap().entry, 0x20_0000);
+}
+
+#[test]
 fn an_elf_image_with_a_pvh_note_is_entered_there() {
     let (memory, map) = guest(8 * MIB);
     let loaded = load(&BytesImage(&small_elf()), None, "x", &memory, &map, 0xe_0000).unwrap();

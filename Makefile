@@ -4,7 +4,7 @@
 .PHONY: all demo test check shellcheck guests fuzz bench clean
 
 FUZZ_SECONDS ?= 10
-SCRIPTS := .ci/run .ci/fuzz guest/setup guest/kernel guest/minimal guest/debian guest/debian-demo guest/demo \
+SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/kernel guest/minimal guest/debian guest/debian-demo guest/demo \
   bench/boot bench/guest
 
 all:
@@ -35,6 +35,8 @@ guests:
 	guest/setup --test
 	guest/minimal 6.1
 	guest/minimal 6.12
+	guest/minimal 6.1-686-pae
+	guest/minimal 6.1-686
 	cargo build --release --workspace
 	guest/debian
 

@@ -166,7 +166,7 @@ impl Guest {
         Self { child, console, errors }
     }
 
-    /// Starts the minimal guest with kernel `series` (6.1 or 6.12) for `checks` (see `guest/minimal-init`), with more
+    /// Starts the minimal guest with kernel `series` (see `guest/kernel`) for `checks` (see `guest/minimal-init`), with more
     /// words for its command line and more arguments for terem.
     ///
     /// # Panics

@@ -52,6 +52,38 @@ fn linux_6_12_with_4_cpus_and_3_gib() {
     boots("6.12", 4, "3G", 3072);
 }
 
+/// 32-bit kernels: their entry in protected mode, segments, `int 0x80` and both 32-bit page table formats.
+fn boots_32_bit(series: &str, pae: bool) {
+    let _one = alone();
+    // Debian's 32-bit kernels test each of their ciphers, which takes a minute here and is not what this is about.
+    let words = "cryptomgr.notests=1";
+    let ended =
+        Guest::minimal(series, "show,cpus", words, &["--cpus", "2", "--memory", "512M", "--net", "none"])
+            .finish();
+    ended.assert_clean(0);
+    assert!(ended.value("kernel").contains("-686"), "{}", ended.value("kernel"));
+    assert_eq!(ended.value("kernel").ends_with("-pae"), pae);
+    assert_eq!(ended.value("online"), "0-1");
+    assert_eq!(ended.value("cpus"), "2");
+    assert_eq!(ended.value("cpus-right"), "2");
+    let trouble: Vec<&str> = ended
+        .console
+        .lines()
+        .filter(|l| l.starts_with("TEREM: dmesg") && (l.contains("BUG") || l.contains("unchecked MSR")))
+        .collect();
+    assert!(trouble.is_empty(), "{trouble:?}");
+}
+
+#[test]
+fn linux_6_1_of_32_bits_with_pae_and_2_cpus() {
+    boots_32_bit("6.1-686-pae", true);
+}
+
+#[test]
+fn linux_6_1_of_32_bits_without_pae_and_2_cpus() {
+    boots_32_bit("6.1-686", false);
+}
+
 #[test]
 fn the_uncompressed_kernel_boots_by_its_pvh_entry() {
     let _one = alone();

@@ -139,6 +139,7 @@ impl Cpu {
             nr::AMD_SYSCFG
             | nr::AMD_HWCR
             | nr::AMD_NB_CFG
+            | nr::AMD_INT_PENDING
             | nr::AMD_OSVW_LENGTH
             | nr::AMD_LS_CFG
             | nr::AMD_DE_CFG => 0,

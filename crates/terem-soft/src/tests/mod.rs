@@ -4,6 +4,7 @@
 mod apic;
 mod code_changes;
 mod events;
+mod msr;
 mod paging;
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};

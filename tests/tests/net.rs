@@ -1,6 +1,7 @@
 //! The network in user mode: addresses, a download, an upload, a forwarded port.
 //!
-//! The upload is of 8 MiB: with 100 MiB passt of Debian 12 reset the connection once, which is not understood yet.
+//! Uploads of many MiB are broken: 8 MiB arrived whole, of 40 MiB only 15, and with 100 MiB passt reset the
+//! connection. Why is not understood yet; the test is there to be switched on.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is test code: a panic is how a test fails")]
 
@@ -72,14 +73,15 @@ fn a_hundred_mib_come_in_whole() {
 }
 
 #[test]
+#[ignore = "known to be broken: see this file's head"]
 fn an_upload_arrives_whole() {
     let _one = alone();
     let (port, taken) = receive();
-    let words = format!("terem.mib=8 terem.upload=gateway:{port}");
-    let ended = Guest::minimal("6.1", "net", &words, &["--net", "user"]).finish();
+    let words = format!("terem.mib=100 terem.upload=gateway:{port}");
+    let ended = Guest::minimal("6.1", "net", &words, &["--net", "user", "--memory", "1G"]).finish();
     ended.assert_clean(0);
     let bytes = taken.join().unwrap();
-    assert_eq!(bytes.len(), 8 * MIB);
+    assert_eq!(bytes.len(), 100 * MIB);
     assert_eq!(ended.value("net-upload-sha256"), sha256_of(&bytes));
 }
 

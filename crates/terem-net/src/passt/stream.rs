@@ -1,18 +1,28 @@
 //! Frames over a stream socket: each is preceded by its length, 32 bits big-endian (what passt and QEMU's
 //! `-netdev stream` speak).
+//!
+//! Of a frame that arrives in pieces, versions of passt up to 2024 take two at most, and lose their place in the
+//! stream for good when there are more, or when a piece ends inside a length (`tap_handler_passt` in its tap.c). So
+//! each frame is sent by a call of its own, and only when the socket has room for all of it: the kernel then makes
+//! one or two buffers of it, and the next frame starts in a new one.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
 
 use crate::{MAX_FRAME, Transmit};
 
 const LENGTH_LEN: usize = 4;
 /// How much is taken from the socket at once: several of the largest frames.
 const RECEIVE_BUFFER: usize = 4 * (MAX_FRAME + LENGTH_LEN);
+/// How much the kernel may hold for the peer, in bytes; it gives less where the host's limit is lower. A quarter of
+/// it is in use at most, which is when the socket is writable again.
+const SEND_BUFFER: usize = 512 << 10;
 
 /// Both directions of the socket, each under its own lock.
 #[derive(Debug)]
@@ -24,11 +34,13 @@ pub(super) struct FrameStream {
 }
 
 #[derive(Debug, Default)]
-struct Sending {
+pub(super) struct Sending {
     /// Lengths and frames one after the other.
     bytes: Vec<u8>,
     /// How many of them are sent.
     sent: usize,
+    /// Where the frames that are not sent whole end in `bytes`.
+    ends: VecDeque<usize>,
 }
 
 #[derive(Debug)]
@@ -47,6 +59,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl FrameStream {
     /// Takes a connected stream socket that does not block.
     pub(super) fn new(socket: OwnedFd) -> Self {
+        if let Err(error) = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER) {
+            tracing::debug!(%error, "the socket's buffer stays as it is");
+        }
         Self {
             socket,
             sending: Mutex::default(),
@@ -71,7 +86,7 @@ impl FrameStream {
         if !sending.bytes.is_empty() {
             return Ok(Transmit::Busy);
         }
-        fill(&mut Frames(&mut sending.bytes));
+        fill(&mut Frames(&mut sending));
         self.drain(&mut sending)?;
         Ok(Transmit::Taken)
     }
@@ -88,21 +103,35 @@ impl FrameStream {
         if self.is_gone() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        while sending.sent < sending.bytes.len() {
-            match send(
-                &self.socket,
-                &sending.bytes[sending.sent..],
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            ) {
+        while let Some(&end) = sending.ends.front() {
+            if !self.has_room()? {
+                return Ok(());
+            }
+            let rest = &sending.bytes[sending.sent..end];
+            match send(&self.socket, rest, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(count) => sending.sent += count,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => return Ok(()),
                 Err(error) => return Err(self.lost(error.into())),
             }
+            if sending.sent == end {
+                sending.ends.pop_front();
+            }
         }
         sending.bytes.clear();
         sending.sent = 0;
         Ok(())
+    }
+
+    /// A socket is writable when three quarters of its buffer are free (`unix_writable` in the kernel's af_unix.c),
+    /// which is more than the largest frame also for the smallest usual buffer, 208 KiB.
+    fn has_room(&self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(count) => Ok(count > 0),
+            Err(rustix::io::Errno::INTR) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Copies the next frame into `frame` and gives its length; frames that do not fit are left out.
@@ -149,14 +178,15 @@ impl FrameStream {
 }
 
 /// Where [`FrameStream::send`] takes its frames.
-pub(super) struct Frames<'a>(&'a mut Vec<u8>);
+pub(super) struct Frames<'a>(&'a mut Sending);
 
 impl Frames<'_> {
     pub(super) fn push(&mut self, frame: &[u8]) {
         // The callers' frames are at most MAX_FRAME long.
         let Ok(length) = u32::try_from(frame.len()) else { return };
-        self.0.extend_from_slice(&length.to_be_bytes());
-        self.0.extend_from_slice(frame);
+        self.0.bytes.extend_from_slice(&length.to_be_bytes());
+        self.0.bytes.extend_from_slice(frame);
+        self.0.ends.push_back(self.0.bytes.len());
     }
 }
 
@@ -274,6 +304,54 @@ mod tests {
         }
         assert!(!stream.has_unsent());
         assert_eq!(stream.send(|frames| frames.push(&[1; 60])).unwrap(), Transmit::Taken);
+    }
+
+    /// What passt does: all that is there is taken, of a frame that is cut there the rest is taken by one call more.
+    #[test]
+    fn a_frame_comes_in_two_pieces_at_most() {
+        let (stream, mut peer) = pair();
+        // The kernel doubles it: 208 KiB, what a host with the usual limits has.
+        sockopt::set_socket_send_buffer_size(&stream.socket, 104 << 10).unwrap();
+        let frames = 3000;
+        let reader = std::thread::spawn(move || {
+            let (mut buffer, mut seen) = (vec![0; 8 << 20], 0u32);
+            while seen < frames {
+                let fill = buffer.len() - MAX_FRAME;
+                let mut end = peer.read(&mut buffer[..fill]).unwrap();
+                let mut at = 0;
+                while at < end {
+                    assert!(end - at > LENGTH_LEN, "cut inside a length, after {seen} frames");
+                    let length = u32::from_be_bytes(buffer[at..at + LENGTH_LEN].try_into().unwrap()) as usize;
+                    at += LENGTH_LEN;
+                    if at + length > end {
+                        end += peer.read(&mut buffer[end..at + length]).unwrap();
+                        assert_eq!(end, at + length, "the rest came in pieces, after {seen} frames");
+                    }
+                    assert!(buffer[at..at + length].iter().all(|&byte| byte == seen.to_le_bytes()[0]));
+                    at += length;
+                    seen += 1;
+                }
+                // A peer that is slow now and then, so that the socket fills.
+                if seen % 7 == 0 {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            }
+        });
+        let mut number = 0u32;
+        while number < frames || stream.has_unsent() {
+            let pair =
+                [number, number + 1].map(|n| vec![n.to_le_bytes()[0]; 60 + (n as usize * 7919) % 65_475]);
+            let sent = stream.send(|into| {
+                if number < frames {
+                    pair.iter().for_each(|frame| into.push(frame));
+                }
+            });
+            match sent.unwrap() {
+                Transmit::Taken => number += 2,
+                Transmit::Busy => std::thread::yield_now(),
+            }
+        }
+        reader.join().unwrap();
     }
 
     #[test]

@@ -73,7 +73,6 @@ fn a_hundred_mib_come_in_whole() {
 }
 
 #[test]
-#[ignore = "known to be broken: see this file's head"]
 fn an_upload_arrives_whole() {
     let _one = alone();
     let (port, taken) = receive();

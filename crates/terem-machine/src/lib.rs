@@ -39,3 +39,9 @@ pub use machine::{Machine, PrepareError};
 pub use nets::NetError;
 pub use outcome::{Outcome, TripleFault};
 pub use saved::SaveError;
+
+/// Does what is much cheaper while the process has one thread only. Nothing depends on it: without it, a machine
+/// starts some 15 ms later.
+pub fn prepare_process() {
+    terem_soft::announce_barriers();
+}

@@ -45,3 +45,4 @@ mod oracle;
 
 pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
 pub use cpu::Stats;
+pub use membarrier::announce_barriers;

@@ -35,7 +35,10 @@ fn main() -> ExitCode {
         return failure.exit.into();
     }
     let exit = match arguments.command {
-        Command::Run(run) => run::run(&run),
+        Command::Run(run) => {
+            terem_machine::prepare_process();
+            run::run(&run)
+        }
         Command::Ps { json } => machines::ps(json),
         Command::Inspect { name } => machines::inspect(&name),
         Command::Stop { name, timeout, force } => machines::stop(&name, timeout, force),

@@ -5,7 +5,7 @@
 
 FUZZ_SECONDS ?= 10
 SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/kernel guest/minimal guest/debian guest/debian-demo guest/demo \
-  bench/boot bench/guest
+  bench/boot bench/guest bench/start
 
 all:
 	cargo build --release --workspace
@@ -47,6 +47,7 @@ fuzz:
 
 # Against QEMU, both sides in one run.
 bench: guests
+	bench/start
 	bench/boot
 	bench/guest
 

@@ -5,7 +5,7 @@
 
 #![allow(clippy::panic, reason = "this is test code: a panic is how a test fails")]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -85,14 +85,13 @@ struct Console {
 }
 
 impl Console {
+    /// Prompts have no end of line, so everything counts as it comes.
     fn fill(&self, mut from: impl Read) {
-        let mut reader = BufReader::new(&mut from);
-        let mut line = Vec::new();
-        while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-            let text = String::from_utf8_lossy(&line).replace('\r', "");
+        let mut piece = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut piece) {
+            let text = String::from_utf8_lossy(&piece[..count]).replace('\r', "");
             self.text.lock().unwrap_or_else(PoisonError::into_inner).0.push_str(&text);
             self.more.notify_all();
-            line.clear();
         }
         self.text.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
         self.more.notify_all();
@@ -152,7 +151,7 @@ impl Guest {
         let mut command = Command::new(terem());
         command.arg("run").args(arguments);
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -180,6 +179,28 @@ impl Guest {
         Self::start(fixed.into_iter().chain(arguments.iter().copied()))
     }
 
+    /// Types into the console.
+    ///
+    /// # Panics
+    /// When the program does not take it.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap_or_else(|| panic!("no standard input"));
+        stdin
+            .write_all(text.as_bytes())
+            .and_then(|()| stdin.flush())
+            .unwrap_or_else(|e| panic!("cannot type {text:?}: {e}"));
+    }
+
+    /// Waits until the console has said `text` after its first `from` bytes; where that ends.
+    ///
+    /// # Panics
+    /// When the guest ends, or takes too long, without saying it.
+    pub fn wait_after(&self, from: usize, text: &str) -> usize {
+        let found =
+            |all: &str| all.get(from..).and_then(|rest| rest.find(text)).map(|at| from + at + text.len());
+        self.wait_until(text, found)
+    }
+
     /// The process id of `terem run`.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -191,11 +212,15 @@ impl Guest {
     /// # Panics
     /// When the guest ends, or takes too long, without saying it.
     pub fn wait_for(&self, text: &str) -> String {
+        self.wait_until(text, |all| all.contains(text).then(|| all.to_owned()))
+    }
+
+    fn wait_until<T>(&self, text: &str, found: impl Fn(&str) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         let mut guard = self.console.text.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if guard.0.contains(text) {
-                return guard.0.clone();
+            if let Some(found) = found(&guard.0) {
+                return found;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(

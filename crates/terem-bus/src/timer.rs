@@ -18,10 +18,13 @@ type Callback = Box<dyn Fn(u64) + Send + Sync>;
 /// Nobody's deadline.
 const IDLE: u64 = u64::MAX;
 
+/// The flag in [`Shared::base`]; the times beside it are taken modulo 2^63 ns, which is 292 years.
+const RUNNING: u64 = 1 << 63;
+
 struct Shared {
-    /// Real time (since `start`) minus virtual time, while running; virtual time, while stopped.
+    /// With [`RUNNING`]: real time (since `start`) minus virtual time. Without: virtual time. One word, so that a
+    /// reader never sees half of a change.
     base: AtomicU64,
-    running: std::sync::atomic::AtomicBool,
     start: Option<Instant>,
     queue: Mutex<Queue>,
     wake: Condvar,
@@ -81,7 +84,6 @@ impl Clock {
     fn with(start: Option<Instant>, now: u64) -> Self {
         Self(Arc::new(Owner(Arc::new(Shared {
             base: AtomicU64::new(now),
-            running: false.into(),
             start,
             queue: Mutex::new(Queue { sleeping_until: IDLE, ..Queue::default() }),
             wake: Condvar::new(),
@@ -98,11 +100,11 @@ impl Clock {
     pub fn resume(&self) {
         let s = &self.0.0;
         let mut queue = locked(&s.queue);
+        let base = s.base.load(Ordering::Acquire);
         if let Some(real) = s.real()
-            && !s.running.load(Ordering::Acquire)
+            && base & RUNNING == 0
         {
-            s.base.store(real.wrapping_sub(s.base.load(Ordering::Acquire)), Ordering::Release);
-            s.running.store(true, Ordering::Release);
+            s.base.store(real.wrapping_sub(base) | RUNNING, Ordering::Release);
             if !queue.thread {
                 queue.thread = true;
                 let shared = Arc::clone(s);
@@ -120,10 +122,8 @@ impl Clock {
     pub fn pause(&self) {
         let s = &self.0.0;
         let _queue = locked(&s.queue);
-        if s.running.load(Ordering::Acquire) {
-            let now = s.now();
-            s.running.store(false, Ordering::Release);
-            s.base.store(now, Ordering::Release);
+        if s.base.load(Ordering::Acquire) & RUNNING != 0 {
+            s.base.store(s.now(), Ordering::Release);
         }
     }
 
@@ -165,21 +165,16 @@ impl Shared {
     }
 
     fn now(&self) -> u64 {
-        loop {
-            let running = self.running.load(Ordering::Acquire);
-            let base = self.base.load(Ordering::Acquire);
-            let now = if running { self.real().unwrap_or(0).wrapping_sub(base) } else { base };
-            // Read again if a pause or resume came between the two loads.
-            if running == self.running.load(Ordering::Acquire) && base == self.base.load(Ordering::Acquire) {
-                return now;
-            }
+        match self.base.load(Ordering::Acquire) {
+            base if base & RUNNING != 0 => self.real().unwrap_or(0).wrapping_sub(base) & !RUNNING,
+            base => base,
         }
     }
 
     fn run(&self) {
         let mut queue = locked(&self.queue);
         while !queue.end {
-            let running = self.running.load(Ordering::Acquire);
+            let running = self.base.load(Ordering::Acquire) & RUNNING != 0;
             let next = if running { queue.first() } else { None };
             let now = self.now();
             match next {

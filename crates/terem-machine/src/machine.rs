@@ -324,6 +324,8 @@ impl Machine {
     fn reset(&mut self) -> Result<(), String> {
         let paused = self.phase() == Phase::Paused;
         self.stop_processors()?;
+        // All time stamp counters start from 0 again at one and the same moment.
+        self.shared.bus.clock.pause();
         // What was reported up to here is of the life that ends now.
         self.vcpus.gate().next_epoch();
         self.board.pause();

@@ -147,7 +147,6 @@ impl Cpu {
         let mut state = VcpuState::power_on(self.cpuid.apic_id(), self.id == 0);
         // EDX holds the signature after reset (Intel SDM vol. 3, 10.1.2).
         state.gpr[2] = u64::from(self.cpuid.query(1, 0).registers[0]);
-        state.tsc = self.bus.clock.now();
         self.load_state(&state)
     }
 

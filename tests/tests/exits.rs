@@ -133,6 +133,9 @@ fn more_memory_than_the_host_has_is_2() {
 fn a_tap_that_cannot_be_opened_is_1() {
     // The loopback interface is there on every host, and is no tap.
     fails(1, &["net: ", "lo "], |c| c.args(["--kernel", &kernel(), "--net", "tap=lo"]));
+    fails(1, &["net: ", "terem-none", "ip tuntap add"], |c| {
+        c.args(["--kernel", &kernel(), "--net", "tap=terem-none"])
+    });
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub(crate) fn open(plan: &NetPlan) -> Result<OpenNet, NetError> {
     let plain = |backend: Arc<dyn NetBackend>| OpenNet { backend, passt: None };
     Ok(match plan.backend() {
         None => plain(Arc::new(NoNetwork)),
-        Some(NetBackendConfig::Tap { name }) => plain(Arc::new(Tap::open(&name)?)),
+        Some(NetBackendConfig::Tap { name }) => plain(Arc::new(Tap::open_existing(&name)?)),
         Some(NetBackendConfig::TapFd { fd }) => plain(Arc::new(inherited(fd)?)),
         Some(NetBackendConfig::User { forwards }) => {
             let forwards = forwards.iter().map(forward).collect();

@@ -43,6 +43,15 @@ pub enum TapError {
         /// The host kernel's reason.
         source: io::Error,
     },
+    /// There is no such interface.
+    #[error(
+        "there is no network interface {name}. Make it, as root: ip tuntap add dev {name} mode tap user USER, then: ip \
+         link set {name} up, and give it an address or a bridge"
+    )]
+    Missing {
+        /// Its name.
+        name: String,
+    },
     /// It exists for another user or not at all.
     #[error(
         "no permission to use tap {name}: only root makes and takes any tap. Make one for yourself: ip tuntap add \
@@ -113,6 +122,19 @@ impl Tap {
             }
         })?;
         Self::set_up(device, name.to_owned(), true)
+    }
+
+    /// Opens the tap of this name, which must be there: one that nobody has given an address or a bridge leads
+    /// nowhere.
+    ///
+    /// # Errors
+    /// [`TapError`].
+    pub fn open_existing(name: &str) -> Result<Self, TapError> {
+        let raw = ioctl::name_bytes(name).ok_or_else(|| TapError::Name { name: name.to_owned() })?;
+        match ioctl::mtu(raw) {
+            Err(Errno::NODEV) => Err(TapError::Missing { name: name.to_owned() }),
+            _ => Self::open(name),
+        }
     }
 
     /// Takes a tap that another program (libvirt, a container's network plug-in) has opened and passed on.

@@ -142,6 +142,11 @@ fn an_inherited_tap_with_headers_keeps_them() {
 #[test]
 fn errors_say_which_tap_and_what_to_do() {
     assert!(matches!(Tap::open(""), Err(TapError::Name { .. })));
+    let missing = Tap::open_existing("teremt99").unwrap_err().to_string();
+    assert!(
+        missing.contains("no network interface teremt99") && missing.contains("ip tuntap add"),
+        "{missing}"
+    );
     assert!(matches!(Tap::open("a/b"), Err(TapError::Name { .. })));
     assert!(matches!(Tap::open("sixteen-long-nam"), Err(TapError::Name { .. })));
     let null = OwnedFd::from(File::open("/dev/null").unwrap());

@@ -6,6 +6,11 @@ use super::memory::{HIGH_MEMORY, HPET_BASE, IOAPIC_BASE, LAPIC_BASE};
 use super::{MemoryMap, Plan};
 use crate::board::ports;
 
+/// `1 core`, `2 cores`.
+fn counted(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let reason = self.accelerator.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
@@ -16,8 +21,12 @@ impl fmt::Display for Plan {
         let flags: String = c.flags.iter().map(|flag| format!(",{flag}")).collect();
         writeln!(
             f,
-            "cpus         {} × {}{flags}: {} sockets, {} cores each, {} threads each",
-            c.count, c.model, c.sockets, c.cores, c.threads
+            "cpus         {} × {}{flags}: {}, {} each, {} each",
+            c.count,
+            c.model,
+            counted(c.sockets, "socket"),
+            counted(c.cores, "core"),
+            counted(c.threads, "thread")
         )?;
         writeln!(f, "memory       {} MiB, {} address bits", self.memory.size >> 20, self.memory.phys_bits)?;
         if let Some(boot) = &self.boot {

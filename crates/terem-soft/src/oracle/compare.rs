@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use iced_x86::{Decoder, Instruction, Mnemonic};
+use iced_x86::{Decoder, Instruction, Mnemonic, Register};
 
 use super::case::{CODE, Case, DATA, END, Outcome};
 use super::generate::DECODING;
@@ -15,6 +15,8 @@ const NAMES: [&str; 16] = [
 const FLAGS: u64 = 0xcd5;
 /// Vector of a page fault.
 const PAGE_FAULT: u32 = 14;
+/// RSP's place in [`NAMES`].
+const RSP: usize = 4;
 /// Vector of an SSE exception.
 const SIMD_EXCEPTION: u32 = 19;
 
@@ -40,6 +42,13 @@ pub(super) fn differences(case: &Case, host: &Outcome, ours: &Outcome, strict: b
         check("rip", host.rip, ours.rip + end);
     }
     for (i, name) in NAMES.iter().enumerate() {
+        if i == RSP
+            && host.vector == SIMD_EXCEPTION
+            && ours.vector == SIMD_EXCEPTION
+            && writes_rsp(case, ours.rip)
+        {
+            continue;
+        }
         check(name, host.gpr[i], ours.gpr[i]);
     }
     let mask = if strict { FLAGS } else { FLAGS & !case.undefined };
@@ -55,6 +64,12 @@ pub(super) fn differences(case: &Case, host: &Outcome, ours: &Outcome, strict: b
     }
     out.truncate(24);
     out
+}
+
+/// Whether the instruction at `rip` has RSP for its destination. AMD's family 17h forgets an RSP that was changed by
+/// pushes and pops just before, when such a conversion raises `#XM`.
+fn writes_rsp(case: &Case, rip: u64) -> bool {
+    instructions(case).iter().any(|i| i.ip() == rip && i.op0_register().full_register() == Register::RSP)
 }
 
 /// A number in an FXSAVE area.

@@ -139,7 +139,11 @@ fn a_tap_that_cannot_be_opened_is_1() {
 }
 
 #[test]
-fn no_passt_is_1() {
-    let empty = tempfile::tempdir().unwrap();
-    fails(1, &["passt"], |c| c.args(["--kernel", &kernel(), "--net", "user"]).env("PATH", empty.path()));
+fn a_port_that_is_taken_is_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let net = format!("user,forward=tcp:127.0.0.1:{port}:22");
+    fails(1, &["net: ", &port.to_string(), "in use", "another host port"], |c| {
+        c.args(["--kernel", &kernel(), "--net", &net])
+    });
 }

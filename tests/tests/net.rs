@@ -115,7 +115,7 @@ fn a_tap_carries_files_both_ways() {
         eprintln!("no right to make a tap here: this takes root");
         return;
     };
-    let body = noise(32 * MIB);
+    let body = noise(8 * MIB);
     let sum = sha256_of(&body);
     let (port, (to, taken)) = (serve(HostTap::ADDRESS, body), receive(HostTap::ADDRESS));
     let words = format!(

@@ -1,7 +1,6 @@
 //! The host as data.
 
 use crate::kvm::KvmProbe;
-use rustix::fs::{Access, access};
 use serde::Serialize;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -26,8 +25,6 @@ pub struct HostInventory {
     pub kvm: KvmProbe,
     /// Whether `io_uring` can be used.
     pub io_uring: IoUring,
-    /// The program that does user-mode networking.
-    pub passt: Passt,
     /// The directory for the control sockets of running machines.
     pub runtime_dir: Option<PathBuf>,
 }
@@ -68,26 +65,16 @@ pub enum IoUring {
     Disabled,
 }
 
-/// Where passt is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Passt {
-    /// Its path.
-    Found(PathBuf),
-    /// Not on `PATH`.
-    Missing,
-}
-
 impl HostInventory {
     /// Looks at this host, which takes a few milliseconds, most of them for trying KVM.
     pub fn read() -> Self {
         let kvm = KvmProbe::run();
         let runtime_dir = crate::runtime_dir().ok();
-        Self { kvm, runtime_dir, ..Self::read_below(Path::new("/"), std::env::var_os("PATH").as_deref()) }
+        Self { kvm, runtime_dir, ..Self::read_below(Path::new("/")) }
     }
 
     /// The part that stands in files, read below `root`; what is missing there is empty or zero.
-    fn read_below(root: &Path, path: Option<&std::ffi::OsStr>) -> Self {
+    fn read_below(root: &Path) -> Self {
         let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
         let meminfo = text("proc/meminfo");
         Self {
@@ -102,7 +89,6 @@ impl HostInventory {
                 &text("proc/sys/kernel/io_uring_disabled"),
                 rustix::process::geteuid().is_root(),
             ),
-            passt: find_passt(path),
             runtime_dir: None,
         }
     }
@@ -199,14 +185,6 @@ fn io_uring(switch: &str, root: bool) -> IoUring {
     }
 }
 
-fn find_passt(path: Option<&std::ffi::OsStr>) -> Passt {
-    let dirs = path.map(|path| std::env::split_paths(path).collect::<Vec<_>>()).unwrap_or_default();
-    dirs.into_iter()
-        .map(|dir| dir.join("passt"))
-        .find(|file| file.is_file() && access(file, Access::EXEC_OK).is_ok())
-        .map_or(Passt::Missing, Passt::Found)
-}
-
 /// Whether `path` is a character device.
 pub(crate) fn is_char_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.file_type().is_char_device())
@@ -246,7 +224,7 @@ mod tests {
         write(root, "sys/devices/system/node/possible", "0-1");
         write(root, "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "8\n");
         write(root, "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "3\n");
-        let host = HostInventory::read_below(root, None);
+        let host = HostInventory::read_below(root);
         assert_eq!(host.cpus, [0, 1, 2, 5]);
         assert_eq!(host.cpu_model, "Some CPU @ 2 GHz");
         assert_eq!((host.memory_total, host.memory_available), (24_658_012 << 10, 20_000_000 << 10));
@@ -259,7 +237,6 @@ mod tests {
         };
         assert_eq!(host.numa_nodes, [node(0, &[0, 1]), node(1, &[2, 5])]);
         assert_eq!(host.huge_pages, [HugePages { size: 2 << 20, total: 8, free: 3 }]);
-        assert_eq!(host.passt, Passt::Missing);
     }
 
     #[test]

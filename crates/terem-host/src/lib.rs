@@ -9,7 +9,7 @@ mod kvm;
 mod placement;
 mod runtime_dir;
 
-pub use inventory::{HostInventory, HugePages, IoUring, NumaNode, Passt, parse_list};
+pub use inventory::{HostInventory, HugePages, IoUring, NumaNode, parse_list};
 pub use kvm::{KvmProbe, KvmVerdict};
 pub use placement::Placement;
 pub use runtime_dir::{RuntimeDirError, runtime_dir};

@@ -10,6 +10,7 @@ use terem_cpu::{Accelerator, CpuError, CpuModel};
 use terem_devices::chipset::uart::CharBackend;
 use terem_devices::virtio::{Blk, Console, Net, Rng, VirtioDevice};
 use terem_memory::{GuestMemory, MemoryError};
+use terem_net::NetBackend;
 use terem_soft::{SoftAccelerator, SoftConfig};
 
 use crate::acpi::{Description, Tables, TablesError};
@@ -20,7 +21,7 @@ use crate::consoles::{ConsoleError, Line, Opener, SerialEnd};
 use crate::disks::{self, DiskError};
 use crate::handle::{Phase, Shared};
 use crate::machine::{AtEnd, Events, Firmware, Machine, PrepareError};
-use crate::nets::{self, NetError, OpenNet};
+use crate::nets::{self, NetError};
 use crate::plan::Plan;
 use crate::smbios::Smbios;
 use crate::vcpus::Vcpus;
@@ -90,12 +91,11 @@ impl std::fmt::Debug for Lent {
 /// Backends, opened before anything that needs them is built.
 struct Backends {
     disks: Vec<Arc<Disk>>,
-    nets: Vec<OpenNet>,
+    nets: Vec<Arc<dyn NetBackend>>,
 }
 
 impl Backends {
     fn open(plan: &Plan) -> Result<Self, BuildError> {
-        // Network programs start while images are opened.
         let nets = plan.nets.iter().map(nets::open).collect::<Result<_, _>>()?;
         let disks = plan.disks.iter().map(|d| disks::open(&d.config)).collect::<Result<_, _>>()?;
         Ok(Self { disks, nets })
@@ -154,9 +154,6 @@ impl Machine {
         };
         let Loaded { kind, entry, .. } = machine.prepare()?;
         tracing::debug!(?kind, entry, "kernel loaded");
-        for net in &backends.nets {
-            net.wait_until_ready()?;
-        }
         Ok(machine)
     }
 }
@@ -203,7 +200,7 @@ fn plug_in(
         board.plug_in(address, Arc::new(Rng::new(clock)))?;
     }
     for (net, open) in plan.nets.iter().zip(&backends.nets) {
-        let nic: Arc<dyn VirtioDevice> = Arc::new(Net::new(Arc::clone(&open.backend), net.mac.0)?);
+        let nic: Arc<dyn VirtioDevice> = Arc::new(Net::new(Arc::clone(open), net.mac.0)?);
         board.plug_in(net.address, nic)?;
     }
     for (disk, open) in plan.disks.iter().zip(&backends.disks) {

@@ -1,23 +1,21 @@
 //! Network backends behind virtio-net, opened as configured.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use terem_config::NetBackendConfig;
-use terem_net::{Forward, NetBackend, NoNetwork, Passt, PasstError, PasstOptions, Protocol, Tap, TapError};
+use terem_net::{
+    Forward, NetBackend, NoNetwork, Protocol, Tap, TapError, UserNet, UserNetError, UserOptions,
+};
 
 use crate::plan::NetPlan;
-
-/// How long passt may take until it answers.
-const PASST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a network interface cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     /// User-mode networking.
     #[error("net: {0}")]
-    User(#[from] PasstError),
+    User(#[from] UserNetError),
     /// A tap device.
     #[error("net: {0}")]
     Tap(#[from] TapError),
@@ -33,29 +31,14 @@ pub enum NetError {
     },
 }
 
-/// A backend, and what is to be waited for before the guest runs.
-pub(crate) struct OpenNet {
-    pub(crate) backend: Arc<dyn NetBackend>,
-    passt: Option<Arc<Passt>>,
-}
-
-impl OpenNet {
-    /// Waits until frames will arrive.
-    pub(crate) fn wait_until_ready(&self) -> Result<(), NetError> {
-        self.passt.as_ref().map_or(Ok(()), |p| p.wait_until_ready(PASST_TIMEOUT)).map_err(NetError::from)
-    }
-}
-
-pub(crate) fn open(plan: &NetPlan) -> Result<OpenNet, NetError> {
-    let plain = |backend: Arc<dyn NetBackend>| OpenNet { backend, passt: None };
+pub(crate) fn open(plan: &NetPlan) -> Result<Arc<dyn NetBackend>, NetError> {
     Ok(match plan.backend() {
-        None => plain(Arc::new(NoNetwork)),
-        Some(NetBackendConfig::Tap { name }) => plain(Arc::new(Tap::open_existing(&name)?)),
-        Some(NetBackendConfig::TapFd { fd }) => plain(Arc::new(inherited(fd)?)),
+        None => Arc::new(NoNetwork),
+        Some(NetBackendConfig::Tap { name }) => Arc::new(Tap::open_existing(&name)?),
+        Some(NetBackendConfig::TapFd { fd }) => Arc::new(inherited(fd)?),
         Some(NetBackendConfig::User { forwards }) => {
             let forwards = forwards.iter().map(forward).collect();
-            let passt = Arc::new(Passt::start(&PasstOptions { forwards, ..PasstOptions::default() })?);
-            OpenNet { backend: Arc::clone(&passt) as _, passt: Some(passt) }
+            Arc::new(UserNet::start(&UserOptions { forwards, name_server: None })?)
         }
     })
 }

@@ -6,7 +6,7 @@
 //! same offloads with every backend.
 //!
 //! ```text
-//!  virtio-net ──transmit(header, frame)──> NetBackend ──> passt (user mode, no privileges)
+//!  virtio-net ──transmit(header, frame)──> NetBackend ──> user  (sockets of this process, no privileges)
 //!             <──receive(frame)──────────             ──> tap   (by name, or an inherited descriptor)
 //!             <──poll_fd() readable──────             ──> none  (no cable)
 //! ```
@@ -21,14 +21,18 @@ use std::os::fd::BorrowedFd;
 
 mod checksum;
 mod complete;
+mod forward;
 mod none;
-mod passt;
 mod tap;
+mod user;
 mod vnet;
 
+pub use forward::{Forward, ForwardError, Protocol};
 pub use none::NoNetwork;
-pub use passt::{Forward, GATEWAY_ADDRESS, GUEST_ADDRESS, Passt, PasstError, PasstOptions, Protocol};
 pub use tap::{Tap, TapError};
+#[cfg(feature = "fuzzing")]
+pub use user::fuzz;
+pub use user::{GATEWAY_ADDRESS, GUEST_ADDRESS, UserNet, UserNetError, UserOptions};
 pub use vnet::{Gso, Offloads, VNET_HEADER_LEN, VnetHeader, VnetHeaderError};
 
 /// The largest Ethernet frame that a backend takes or gives, in bytes: virtio 1.2, 5.1.6.3.1 (65,562 with the
@@ -63,7 +67,7 @@ pub struct Received {
 /// All calls return at once: no implementation waits for its peer. Calls from several threads are serialised
 /// inside, separately for the two directions.
 pub trait NetBackend: Send + Sync + std::fmt::Debug {
-    /// Where the frames go, for logs and `terem inspect`: `passt (pid 4711)`, `tap tap0`, `none`.
+    /// Where the frames go, for logs and `terem inspect`: `user-mode network`, `tap tap0`, `none`.
     fn description(&self) -> String;
 
     /// Is there a carrier? Goes from true to false when the peer is gone for good.
@@ -114,7 +118,7 @@ pub trait NetBackend: Send + Sync + std::fmt::Debug {
 
     /// The descriptor to poll, level-triggered: readable when [`Self::receive`] may have a frame, writable when
     /// [`Self::transmit`] and [`Self::flush`] may go on. Drain `receive` until it says `None` before polling
-    /// again, since frames may already be buffered on this side. `None`: nothing will ever arrive.
+    /// again, and after each `transmit`, since frames may already be buffered on this side. `None`: nothing will ever arrive.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 }
 

@@ -4,7 +4,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::{print, print_json};
 use terem_config::ByteSize;
-use terem_host::{HostInventory, IoUring, KvmVerdict, Passt};
+use terem_host::{HostInventory, IoUring, KvmVerdict};
 
 /// Shows the inventory.
 pub fn show(json: bool) -> Result<Exit, Failure> {
@@ -38,13 +38,6 @@ fn describe(host: &HostInventory) -> String {
         match host.io_uring {
             IoUring::Usable => "usable".into(),
             IoUring::Disabled => "disabled by kernel.io_uring_disabled; disks use threads".into(),
-        },
-    ));
-    lines.push((
-        "passt",
-        match &host.passt {
-            Passt::Found(path) => path.display().to_string(),
-            Passt::Missing => "not on PATH; user-mode networking needs it (Debian: apt install passt)".into(),
         },
     ));
     let runtime = host.runtime_dir.as_ref().map_or_else(|| "none".into(), |dir| dir.display().to_string());

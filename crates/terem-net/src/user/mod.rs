@@ -177,17 +177,12 @@ impl Context<'_> {
             }
             IpAddr::V4(a) => {
                 let ours = a.octets()[..3] == GATEWAY_ADDRESS.octets()[..3];
-                (!ours && !a.is_multicast() && !a.is_broadcast() && !a.is_unspecified() && !a.is_loopback())
-                    .then_some(guest_sees)
+                (!ours && is_somebody(ip)).then_some(guest_sees)
             }
             IpAddr::V6(a) => {
                 let ours = a.octets()[..8] == GATEWAY6.octets()[..8];
-                (!ours
-                    && !a.is_multicast()
-                    && !a.is_unicast_link_local()
-                    && !a.is_unspecified()
-                    && !a.is_loopback())
-                .then_some(guest_sees)
+                let other = a.is_unicast_link_local() || a.to_ipv4_mapped().is_some();
+                (!ours && !other && is_somebody(ip)).then_some(guest_sees)
             }
         }
     }
@@ -207,6 +202,12 @@ impl Context<'_> {
         let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
         u64::from_ne_bytes(bytes)
     }
+}
+
+/// Can one answer to this address?
+fn is_somebody(address: IpAddr) -> bool {
+    let broadcast = address == IpAddr::V4(Ipv4Addr::BROADCAST);
+    !address.is_unspecified() && !address.is_multicast() && !address.is_loopback() && !broadcast
 }
 
 /// Nothing that is done under the lock leaves things half done for the next one.
@@ -229,7 +230,8 @@ impl UserNet {
         for forward in &options.forwards {
             for socket in forward.listen()? {
                 let token = Token::Listener(listeners.len());
-                epoll::add(&epoll, &socket, token.data(), epoll::EventFlags::IN).map_err(errors)?;
+                let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
+                epoll::add(&epoll, &socket, token.data(), edges).map_err(errors)?;
                 listeners.push(Listener {
                     socket,
                     protocol: forward.protocol,
@@ -296,7 +298,7 @@ impl Inner {
         };
         let Some(packet) = packet else { return };
         match packet.protocol {
-            TCP => {
+            TCP if is_somebody(packet.from) => {
                 let (connections, _, mut context) = self.context(epoll);
                 connections.take(&packet, &mut context);
             }
@@ -314,7 +316,7 @@ impl Inner {
         };
         if here.is_some() {
             self.out_opt(here);
-        } else if !self.answers_forwarded(packet) {
+        } else if is_somebody(packet.from) && !self.answers_forwarded(packet) {
             let (_, flows, mut context) = self.context(epoll);
             flows.take(packet, &mut context);
         }
@@ -353,8 +355,9 @@ impl Inner {
                 Token::Listener(index) => self.arrival(index, epoll),
             }
         }
-        let (connections, _, mut context) = self.context(epoll);
+        let (connections, flows, mut context) = self.context(epoll);
         connections.go_on(&mut context);
+        flows.go_on(&mut context);
         self.arm();
         Ok(())
     }
@@ -365,31 +368,44 @@ impl Inner {
         let guest_port = listener.guest_port;
         if listener.protocol == Protocol::Tcp {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            if let Ok(host) = accept_with(&listener.socket, flags) {
+            // Those that this process has no descriptors for wait for the next one's arrival.
+            while let Some(listener) = self.listeners.get(index)
+                && let Ok(host) = accept_with(&listener.socket, flags)
+            {
                 let (connections, _, mut context) = self.context(epoll);
                 connections.forward(host, guest_port, &mut context);
             }
             return;
         }
         let mut data = vec![0; usize::from(u16::MAX)];
-        let Ok((length, _, Some(from))) = recvfrom(&listener.socket, &mut data[..], RecvFlags::DONTWAIT)
-        else {
-            return;
-        };
-        let Ok(from) = SocketAddr::try_from(from) else { return };
-        let known = self.udp_peers.iter().find(|(_, peer)| **peer == (index, from)).map(|(&port, _)| port);
-        let port = known.unwrap_or_else(|| {
+        while let Some(listener) = self.listeners.get(index)
+            && let Ok((length, _, from)) = recvfrom(&listener.socket, &mut data[..], RecvFlags::DONTWAIT)
+        {
+            let Some(Ok(from)) = from.map(SocketAddr::try_from) else { continue };
+            let port = self.udp_peer(index, from);
+            let payload = udp_payload(port, guest_port, &data[..length]);
+            let addresses = (GATEWAY_ADDRESS.into(), GUEST_ADDRESS.into());
+            if self.out.is_full() {
+                // The rest is the network's loss, as everywhere.
+                continue;
+            }
+            self.out_opt(ip_frame((self.guest, GATEWAY_MAC), addresses, UDP, None, &payload));
+        }
+    }
+
+    /// The router's port behind which somebody who uses a forwarded port stands.
+    fn udp_peer(&mut self, listener: usize, peer: SocketAddr) -> u16 {
+        let known =
+            self.udp_peers.iter().find(|(_, known)| **known == (listener, peer)).map(|(&port, _)| port);
+        known.unwrap_or_else(|| {
             if self.udp_peers.len() >= UDP_PEERS {
                 self.udp_peers.clear();
             }
             // The dynamic ports (RFC 6335, 6).
             self.next_udp_peer = self.next_udp_peer.wrapping_add(1) | 0xc000;
-            self.udp_peers.insert(self.next_udp_peer, (index, from));
+            self.udp_peers.insert(self.next_udp_peer, (listener, peer));
             self.next_udp_peer
-        });
-        let payload = udp_payload(port, guest_port, &data[..length]);
-        let addresses = (GATEWAY_ADDRESS.into(), GUEST_ADDRESS.into());
-        self.out_opt(ip_frame((self.guest, GATEWAY_MAC), addresses, UDP, None, &payload));
+        })
     }
 
     /// A datagram to the router that answers one of [`Self::arrival`]'s.

@@ -36,7 +36,7 @@ const MAX_CONNECTIONS: usize = 1024;
 const GUEST_WAIT: Duration = Duration::from_secs(120);
 
 /// A connection that was not used for so long may go when there are too many.
-const IDLE: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(60);
+const IDLE: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(600);
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;

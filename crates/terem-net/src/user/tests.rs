@@ -381,6 +381,22 @@ fn offloads_say_what_was_agreed() {
     }
 }
 
+#[test]
+fn nobody_opens_no_connection() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let name_server = Some(server.local_addr().unwrap());
+    let net = UserNet::start(&UserOptions { forwards: Vec::new(), name_server }).unwrap();
+    for source in
+        [Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, Ipv4Addr::LOCALHOST, Ipv4Addr::new(224, 0, 0, 1)]
+    {
+        let syn = [9, 0, 0, 53, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, SYN, 0xff, 0xff, 0, 0, 0, 0];
+        send(&net, &ipv4(TCP, source, DNS, &syn));
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(net.receive(&mut vec![0; MAX_FRAME]).unwrap().is_none());
+    }
+    assert_eq!(lock(&net.inner).connections.count(), 0);
+}
+
 proptest::proptest! {
     /// Frames of all kinds, cut and garbled. Nothing may leave this host: they go to addresses that are answered
     /// here, or lead nowhere.

@@ -1,6 +1,6 @@
 //! UDP and pings: each pair of ends is a connected socket of the host, as long as it is used.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
@@ -16,6 +16,10 @@ use super::{Context, GATEWAY_MAC, Token};
 const MAX_FLOWS: usize = 1024;
 /// A flow that was not used for so long may be forgotten (RFC 4787, 4.3 asks for two minutes at least).
 const IDLE: Duration = Duration::from_secs(300);
+/// How often idle flows are looked for.
+const SWEEP: Duration = Duration::from_secs(60);
+/// Datagrams taken from a socket before others get their turn.
+const BATCH: usize = 64;
 /// The largest datagram.
 const MAX_DATAGRAM: usize = 65_535;
 
@@ -39,6 +43,9 @@ pub(super) struct Flows {
     all: HashMap<u64, Flow>,
     by_ends: HashMap<Ends, u64>,
     next: u64,
+    /// Those with more datagrams than were taken at once.
+    waiting: VecDeque<u64>,
+    swept: Option<Instant>,
 }
 
 impl Flows {
@@ -84,7 +91,7 @@ impl Flows {
 
     fn open(&mut self, ends: Ends, context: &mut Context<'_>) -> Result<u64, Errno> {
         let address = context.host_address(ends.peer).ok_or(Errno::HOSTUNREACH)?;
-        if self.all.len() >= MAX_FLOWS {
+        if self.all.len() >= MAX_FLOWS || self.swept.is_none_or(|swept| swept + SWEEP < context.now) {
             self.forget(context.now);
         }
         let v4 = address.is_ipv4();
@@ -105,12 +112,17 @@ impl Flows {
         Ok(id)
     }
 
-    /// Makes room: by the idle ones, or else by the one that was not used for the longest time.
+    /// Forgets the idle ones; if there are none and no room either, then the one that was not used for the longest time.
     fn forget(&mut self, now: Instant) {
+        self.swept = Some(now);
         let idle: Vec<u64> =
             self.all.iter().filter(|(_, f)| f.used + IDLE < now).map(|(&id, _)| id).collect();
         let oldest = || self.all.iter().min_by_key(|(_, f)| f.used).map(|(&id, _)| id);
-        let gone = if idle.is_empty() { oldest().into_iter().collect() } else { idle };
+        let gone = if idle.is_empty() && self.all.len() >= MAX_FLOWS {
+            oldest().into_iter().collect()
+        } else {
+            idle
+        };
         for id in gone {
             if let Some(flow) = self.all.remove(&id) {
                 self.by_ends.remove(&flow.ends);
@@ -123,12 +135,25 @@ impl Flows {
         let Some(flow) = self.all.get_mut(&id) else { return };
         flow.used = context.now;
         let mut data = vec![0; MAX_DATAGRAM];
-        loop {
+        for _ in 0..BATCH {
             match recv(&flow.host, &mut data[..], RecvFlags::DONTWAIT) {
                 Ok((length, _)) => deliver(&flow.ends, &mut data[..length], context),
                 // Refused: said once, and the next one may arrive.
                 Err(Errno::INTR | Errno::CONNREFUSED) => {}
                 Err(_) => return,
+            }
+        }
+        self.waiting.push_back(id);
+    }
+
+    /// There is room for frames to the guest again.
+    pub(super) fn go_on(&mut self, context: &mut Context<'_>) {
+        for _ in 0..self.waiting.len() {
+            if context.out.is_full() {
+                return;
+            }
+            if let Some(id) = self.waiting.pop_front() {
+                self.host_event(id, context);
             }
         }
     }

@@ -18,14 +18,14 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, sockopt};
 use rustix::net::{connect, recv, send, shutdown, socket_with};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Instant;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
-use super::out::Out;
+use super::GATEWAY_MAC;
+use super::context::{Context, Token};
 use super::packet::{Packet, TCP, ip_frame, word};
-use super::{Context, GATEWAY_MAC, MTU, Token};
+use super::wire::Wire;
 use crate::{GATEWAY_ADDRESS, GUEST_ADDRESS};
 
 /// Bytes on the way in each direction of a connection, at most. The kernel gives pages only to what is used.
@@ -481,73 +481,5 @@ fn refuse(ends: Ends, segment: &[u8], context: &mut Context<'_>) {
     let addresses: (IpAddr, IpAddr) = (ends.server.ip(), ends.guest.ip());
     if let Some(frame) = ip_frame((context.guest, GATEWAY_MAC), addresses, TCP, None, &reply) {
         context.out.push(frame);
-    }
-}
-
-/// What smoltcp takes for a network card: one packet in, frames for the guest out.
-struct Wire<'a> {
-    incoming: Option<&'a [u8]>,
-    out: &'a mut Out,
-    guest: [u8; 6],
-    checksum_agreed: bool,
-}
-
-struct Incoming<'a>(&'a [u8]);
-
-struct Outgoing<'a> {
-    out: &'a mut Out,
-    guest: [u8; 6],
-}
-
-impl RxToken for Incoming<'_> {
-    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(self.0)
-    }
-}
-
-impl TxToken for Outgoing<'_> {
-    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut frame = self.out.buffer();
-        super::packet::start_frame(&mut frame, self.guest, GATEWAY_MAC, super::packet::ETHER_IPV4);
-        let start = frame.len();
-        frame.resize(start + len, 0);
-        let result = f(&mut frame[start..]);
-        if frame[start] >> 4 == 6 {
-            frame[start - 2..start].copy_from_slice(&super::packet::ETHER_IPV6.to_be_bytes());
-        }
-        self.out.push(frame);
-        result
-    }
-}
-
-impl Device for Wire<'_> {
-    type RxToken<'a>
-        = Incoming<'a>
-    where
-        Self: 'a;
-    type TxToken<'a>
-        = Outgoing<'a>
-    where
-        Self: 'a;
-
-    fn receive(&mut self, _: Instant) -> Option<(Incoming<'_>, Outgoing<'_>)> {
-        let incoming = self.incoming.take()?;
-        Some((Incoming(incoming), Outgoing { out: &mut *self.out, guest: self.guest }))
-    }
-
-    fn transmit(&mut self, _: Instant) -> Option<Outgoing<'_>> {
-        if self.out.is_full() { None } else { Some(Outgoing { out: &mut *self.out, guest: self.guest }) }
-    }
-
-    fn capabilities(&self) -> DeviceCapabilities {
-        let mut capabilities = DeviceCapabilities::default();
-        capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = usize::from(MTU);
-        // The guest's frames come by memory: what it left undone is not missed.
-        let mut checksum = ChecksumCapabilities::ignored();
-        checksum.ipv4 = Checksum::Tx;
-        checksum.tcp = if self.checksum_agreed { Checksum::None } else { Checksum::Tx };
-        capabilities.checksum = checksum;
-        capabilities
     }
 }

@@ -9,8 +9,9 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, So
 use rustix::net::{connect, ipproto, recv, send, socket_with};
 use smoltcp::time::{Duration, Instant};
 
+use super::GATEWAY_MAC;
+use super::context::{Context, Token};
 use super::packet::{ICMP, ICMPV6, Packet, UDP, ip_frame, udp_payload, word};
-use super::{Context, GATEWAY_MAC, Token};
 
 /// Flows at the same time.
 const MAX_FLOWS: usize = 1024;

@@ -11,7 +11,7 @@ pub struct AccelConfig {
     /// Which accelerator (main key).
     #[serde(rename = "type", default)]
     pub kind: AccelKind,
-    /// Software CPU only: whether hot code is translated to host code. Not given: translated if this build can.
+    /// Software CPU only: whether hot code is translated to host code (on), or all of it interpreted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub translate: Option<bool>,
 }

@@ -165,7 +165,8 @@ fn accelerator(
 ) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
     let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
-    let config = SoftConfig { model, topology: c.topology(), phys_bits: plan.memory.phys_bits };
+    let translate = plan.accelerator.translate;
+    let config = SoftConfig { model, topology: c.topology(), phys_bits: plan.memory.phys_bits, translate };
     Ok(Arc::new(SoftAccelerator::new(Arc::clone(bus), memory.clone(), config)?))
 }
 

@@ -12,8 +12,8 @@
 //! after sees the bit. So no block of old bytes stays valid.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -25,12 +25,23 @@ use crate::{MemoryError, PAGE_SIZE};
 pub const CODE: u32 = 1;
 
 /// The words of all pages of a window, taken lazily from the host like the memory itself.
-#[derive(Debug)]
 pub struct PageMarks {
     words: NonNull<AtomicU32>,
     pages: u64,
+    /// How often code was written over.
+    changes: AtomicU64,
+    listener: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Kept so that whoever holds the marks (each region does) holds the memory.
     _window: Arc<Window>,
+}
+
+impl std::fmt::Debug for PageMarks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageMarks")
+            .field("pages", &self.pages)
+            .field("changes", &self.changes)
+            .finish_non_exhaustive()
+    }
 }
 
 // SAFETY: the words are atomics in a mapping that lives as long as this value.
@@ -54,7 +65,7 @@ impl PageMarks {
         }
         .map_err(|e| MemoryError::Host { action: "map page marks", bytes, source: e.into() })?;
         let words = NonNull::new(at.cast::<AtomicU32>()).ok_or(MemoryError::Layout { base: 0, size: end })?;
-        Ok(Self { words, pages, _window: window })
+        Ok(Self { words, pages, changes: AtomicU64::new(0), listener: OnceLock::new(), _window: window })
     }
 
     /// How many pages there are.
@@ -67,6 +78,18 @@ impl PageMarks {
     #[must_use]
     pub fn as_ptr(&self) -> *const AtomicU32 {
         self.words.as_ptr()
+    }
+
+    /// Calls `listener` each time after decoded code was written over, on the thread that wrote. The first one stays.
+    pub fn on_change(&self, listener: impl Fn() + Send + Sync + 'static) {
+        let _ = self.listener.set(Box::new(listener));
+    }
+
+    /// How often code was written over so far.
+    #[must_use]
+    #[inline]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     fn at(&self, page: u64) -> Option<&AtomicU32> {
@@ -93,7 +116,13 @@ impl PageMarks {
             while word & CODE != 0 {
                 let next = (word & !CODE).wrapping_add(2);
                 match w.compare_exchange_weak(word, next, Ordering::SeqCst, Ordering::Acquire) {
-                    Ok(_) => break,
+                    Ok(_) => {
+                        self.changes.fetch_add(1, Ordering::SeqCst);
+                        if let Some(listener) = self.listener.get() {
+                            listener();
+                        }
+                        break;
+                    }
                     Err(seen) => word = seen,
                 }
             }

@@ -11,6 +11,7 @@ use crate::block::BlockCache;
 use crate::cpu::{Cpu, Stats, Xmm};
 use crate::decode::InstructionSet;
 use crate::mmu::Tlb;
+use crate::translate::Native;
 use crate::x87::Fpu;
 
 /// The TSC's frequency: virtual nanoseconds.
@@ -25,6 +26,8 @@ pub struct SoftConfig {
     pub topology: Topology,
     /// Width of guest-physical addresses in bits.
     pub phys_bits: u8,
+    /// Whether hot code is translated, or all of it interpreted.
+    pub translate: bool,
 }
 
 /// Runs vCPUs in software.
@@ -58,6 +61,12 @@ impl SoftAccelerator {
         let t = config.topology;
         let ids: Vec<u32> = (0..t.sockets * t.cores * t.threads).map(|i| t.apic_id(i)).collect();
         let apics = ApicSystem::new(&ids, Arc::clone(&bus));
+        let listening = Arc::downgrade(&apics);
+        memory.marks().on_change(move || {
+            if let Some(apics) = listening.upgrade() {
+                apics.look_again();
+            }
+        });
         let instruction_set = Arc::new(InstructionSet::new(&config.model.features));
         Ok(Self { config, bus, memory, apics, instruction_set })
     }
@@ -68,6 +77,7 @@ impl SoftAccelerator {
         let c = &self.config;
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
+        let native = Native::new(apic.attention(), self.config.translate);
         let mut cpu = Box::new(Cpu {
             gpr: [0; 18],
             rip: 0,
@@ -111,7 +121,12 @@ impl SoftAccelerator {
             memory: self.memory.clone(),
             apic,
             blocks: BlockCache::new(),
+            native,
             stats: Stats::default(),
+            #[cfg(test)]
+            catches: false,
+            #[cfg(test)]
+            caught: None,
         });
         cpu.power_on()?;
         Ok(cpu)
@@ -191,6 +206,7 @@ impl Cpu {
 
 impl Vcpu for Cpu {
     fn run(&mut self) -> Stop {
+        self.take_thread();
         let stop = Cpu::run(self);
         self.take_mxcsr();
         tracing::debug!(vcpu = self.id, ?stop, stats = ?self.stats, "vCPU stopped");

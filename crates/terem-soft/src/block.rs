@@ -4,6 +4,7 @@
 //! only while the TLB has the same physical page there, or else by physical address in a map. It is valid
 //! while the marks of its pages are what they were when it was decoded ([`terem_memory::PageMarks`]).
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -32,6 +33,17 @@ pub(crate) struct Block {
     pub(crate) len: u16,
     /// The page(s) that it was decoded from, and their marks then.
     pages: [(u64, u32); 2],
+    /// How often it was interpreted.
+    pub(crate) runs: Cell<u32>,
+    /// Where its translation for each TLB set is; 0: nowhere yet, all ones: it has none.
+    pub(crate) code: [Cell<u64>; 3],
+}
+
+impl Block {
+    /// Whether it goes on to another page.
+    pub(crate) fn straddles(&self) -> bool {
+        self.pages[0].0 != self.pages[1].0
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -96,9 +108,31 @@ impl BlockCache {
         self.by_physical.clear();
         self.ops = 0;
     }
+
+    /// Forgets where translations are.
+    pub(crate) fn drop_translations(&self) {
+        for block in self.by_physical.values() {
+            block.runs.set(0);
+            block.code.iter().for_each(|c| c.set(0));
+        }
+    }
 }
 
 impl Cpu {
+    /// The bytes from page offset `start` of the block's page on, to the page's end or, if the block goes on to another,
+    /// that one's first; how many. `None` if they are no longer what the block was decoded from.
+    pub(crate) fn bytes_of(&self, block: &Block, start: u16, to: &mut [u8; 0x1000 + 16]) -> Option<usize> {
+        let [(page, _), (second, _)] = block.pages;
+        self.ram(page << 12)?;
+        let mut len = 0x1000 - usize::from(start);
+        self.fetch(page << 12 | u64::from(start), &mut to[..len]);
+        if block.straddles() {
+            self.fetch(second << 12, &mut to[len..len + MAX_LEN]);
+            len += MAX_LEN;
+        }
+        self.fresh(block).then_some(len)
+    }
+
     /// The block at CS:RIP.
     ///
     /// # Errors
@@ -111,9 +145,8 @@ impl Cpu {
         let found = unsafe { self.blocks.by_linear.get_unchecked(at) };
         if found.linear == linear && found.mode == self.mode_key {
             // Only what the TLB lets be fetched there, and from the same place.
-            let page = self.tlb.entry(linear);
-            let physical = linear.wrapping_add(page.addend).wrapping_sub(self.window);
-            if page.execute == self.tlb.tag(linear) && physical == found.physical {
+            let addend = self.tlb.code(linear);
+            if addend.is_some_and(|a| linear.wrapping_add(a).wrapping_sub(self.window) == found.physical) {
                 // SAFETY: entries point into `by_physical`'s boxes, which are only dropped by `clear`, with the
                 // table.
                 let block = unsafe { &*found.block };
@@ -243,7 +276,13 @@ impl Cpu {
                 break;
             }
         }
-        Ok(Block { len: offset as u16, ops: ops.into_boxed_slice(), pages })
+        Ok(Block {
+            len: offset as u16,
+            ops: ops.into_boxed_slice(),
+            pages,
+            runs: Cell::new(0),
+            code: [const { Cell::new(0) }; 3],
+        })
     }
 
     /// Marks a page as holding decoded code, visibly to all vCPUs, before its bytes are read.

@@ -82,16 +82,17 @@ pub mod efer {
 }
 
 /// One vCPU. Handlers get it mutably; nobody else touches it while it runs.
+#[repr(C)]
 pub struct Cpu {
     /// RAX … R15; [`crate::op::NO_REG`]: zero; [`IP_REG`]: RIP of the block that runs.
     pub gpr: [u64; 18],
     /// Where to go on. Set to the block's end before a block runs, so only jumps need to set it. While a
     /// block runs, an instruction's own RIP is [`Self::op_rip`].
     pub rip: u64,
+    /// OF, 0 or 1. Translated code stores it together with the next one, as AX.
+    pub of: u8,
     /// SF, ZF, AF, PF and CF as `lahf` puts them (bit 1 set or not: ignored).
     pub ah: u8,
-    /// OF, 0 or 1.
-    pub of: u8,
     /// RFLAGS without the arithmetic flags: [`Self::rflags`] puts both together.
     pub system_flags: u64,
     /// Bases of ES, CS, SS, DS, FS, GS as addressing uses them; 6 and 7 are zero (flat). In 64-bit mode
@@ -167,8 +168,14 @@ pub struct Cpu {
     pub memory: GuestMemory,
     pub(crate) apic: Arc<Apic>,
     pub(crate) blocks: BlockCache,
+    pub(crate) native: crate::translate::Native,
     /// Counters.
     pub stats: Stats,
+    /// Faults are not delivered but left in [`Self::caught`], with RIP.
+    #[cfg(test)]
+    pub(crate) catches: bool,
+    #[cfg(test)]
+    pub(crate) caught: Option<(crate::fault::Fault, u64)>,
 }
 
 // SAFETY: the raw pointers point into `memory`, which the value owns a share of, and (op_end) into its own

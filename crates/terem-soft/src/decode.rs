@@ -255,9 +255,24 @@ fn address_flag(bytes: usize) -> u8 {
     }
 }
 
+/// A decoded instruction, for the interpreter and as iced has it.
+pub(crate) struct Decoded {
+    pub(crate) op: Op,
+    pub(crate) insn: Instruction,
+    /// Nothing can be said about what comes after it.
+    pub(crate) last: bool,
+    /// It exists, and its unit is on.
+    pub(crate) known: bool,
+}
+
 /// Decodes the instruction at `bytes`, `offset` bytes after the block's start. `None`: the bytes end
 /// before it does.
 pub(crate) fn decode(bytes: &[u8], offset: u16, mode: Mode, set: &InstructionSet) -> Option<(Op, bool)> {
+    decode_both(bytes, offset, mode, set).map(|d| (d.op, d.last))
+}
+
+/// [`decode`], with what iced says of it.
+pub(crate) fn decode_both(bytes: &[u8], offset: u16, mode: Mode, set: &InstructionSet) -> Option<Decoded> {
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, u64::from(offset), set.options);
     let insn = decoder.decode();
     if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
@@ -283,10 +298,12 @@ pub(crate) fn decode(bytes: &[u8], offset: u16, mode: Mode, set: &InstructionSet
         op.flags |= if mode.stack32 { STACK32 } else { STACK16 };
     }
     if insn.is_invalid() {
-        return Some((op, true));
+        return Some(Decoded { op, insn, last: true, known: false });
     }
     operands(&insn, mode, &mut op);
-    let found = unit(&insn, mode).or_else(|| {
+    let off = unit(&insn, mode);
+    let available = off.is_none();
+    let found = off.or_else(|| {
         if !set.has(insn.code()) {
             return None;
         }
@@ -296,7 +313,12 @@ pub(crate) fn decode(bytes: &[u8], offset: u16, mode: Mode, set: &InstructionSet
             .or_else(|| system::handler(&insn, mode, &mut op))
     });
     op.run = found.unwrap_or(undefined);
-    Some((op, found.is_none() || ends_block(&insn)))
+    Some(Decoded {
+        op,
+        insn,
+        last: found.is_none() || ends_block(&insn),
+        known: available && found.is_some(),
+    })
 }
 
 fn operands(insn: &Instruction, mode: Mode, op: &mut Op) {

@@ -38,6 +38,7 @@ mod stack;
 mod system;
 #[cfg(test)]
 mod tests;
+mod translate;
 mod x87;
 
 #[cfg(test)]

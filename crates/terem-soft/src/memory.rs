@@ -162,7 +162,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn code_written(&mut self, page: u64) {
+    pub(crate) fn code_written(&mut self, page: u64) {
         self.memory.marks().written(page);
         // The block that is running may be from this page: let it end after this instruction.
         self.op_end = std::ptr::null();

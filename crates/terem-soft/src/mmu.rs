@@ -27,26 +27,43 @@ pub enum Access {
 pub const PAGE_MASK: u64 = !0xfff;
 
 /// Entries of each set.
-const ENTRIES: usize = 1024;
+pub(crate) const ENTRIES: usize = 1024;
+/// Entries for fetches.
+const CODE_ENTRIES: usize = 256;
 /// A tag that nothing matches: generation 0xfff is never used.
 const INVALID: u64 = 0xfff;
 /// Generations are 1 … this.
 const LAST_GENERATION: u16 = 0xffe;
+/// The set of supervisor accesses under SMAP, which sees supervisor pages only.
+const KERNEL: usize = 0;
+/// The set of user accesses.
+const USER: usize = 2;
+/// Entries of pages that are not global in the kernel's set, at most.
+const PASSING: usize = 256;
 
-/// One page of linear addresses.
+/// One page of linear addresses, for data. Translated code knows this layout.
 #[derive(Debug, Clone, Copy)]
-pub struct Entry {
+#[repr(C)]
+pub(crate) struct Entry {
     /// Tag for reads.
-    pub read: u64,
+    pub(crate) read: u64,
     /// Tag for writes.
-    pub write: u64,
-    /// Tag for fetches.
-    pub execute: u64,
+    pub(crate) write: u64,
     /// Host address minus linear address.
-    pub addend: u64,
+    pub(crate) addend: u64,
+    /// The page's mark.
+    pub(crate) mark: *const AtomicU32,
 }
 
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, execute: INVALID, addend: 0 };
+/// One page of linear addresses, for fetches.
+#[derive(Debug, Clone, Copy)]
+struct CodeEntry {
+    tag: u64,
+    addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: INVALID, write: INVALID, addend: 0, mark: std::ptr::null() };
+const NO_CODE: CodeEntry = CodeEntry { tag: INVALID, addend: 0 };
 
 /// Page-fault error code bits (Intel SDM vol. 3, 4.7).
 mod code {
@@ -65,105 +82,238 @@ mod pte {
     pub(super) const ACCESSED: u64 = 1 << 5;
     pub(super) const DIRTY: u64 = 1 << 6;
     pub(super) const LARGE: u64 = 1 << 7;
+    pub(super) const GLOBAL: u64 = 1 << 8;
     pub(super) const NX: u64 = 1 << 63;
 }
 
 /// The software TLB.
-pub struct Tlb {
-    /// The entries of the present mode.
-    current: *mut [Entry; ENTRIES],
-    /// Three, on the heap, where `current` points into.
-    sets: Box<[[Entry; ENTRIES]]>,
+///
+/// Beside translations it keeps *epochs*: numbers that change whenever a translation for fetches may have. What
+/// translated code remembers of where code lies (jumps to other pages, targets of indirect jumps) is good in one
+/// epoch. Pages that are global (PTE.G) have an epoch and, under SMAP, a generation of their own, which changes of
+/// CR3 leave alone.
+pub(crate) struct Tlb {
+    pub(crate) sets: [[Entry; ENTRIES]; 3],
+    /// Generation of each set's entries.
+    pub(crate) generations: [u64; 3],
+    /// For the supervisor and the user.
+    code: [[CodeEntry; CODE_ENTRIES]; 2],
+    /// The set of the present mode.
+    set: usize,
+    /// Generation of the present context.
     generation: u64,
-    /// Generation of each process-context identifier that has one.
-    of_pcid: Vec<u16>,
+    /// Generation of what is global.
+    of_globals: u64,
+    /// Whether global pages are on (CR4.PGE).
+    globals: bool,
+    /// Entries of the kernel's set that are not of global pages.
+    passing: Vec<u16>,
+    /// The same of the supervisor's code.
+    passing_code: Vec<u16>,
+    /// Generation and epoch of each process-context identifier that has one.
+    of_pcid: Vec<(u16, u64)>,
     next_generation: u16,
-    /// A range of linear addresses that covers every large page put in, for INVLPG.
-    large: Option<(u64, u64)>,
+    /// Epoch of the present context, and of what is global.
+    epochs: [u64; 2],
+    last_epoch: u64,
+    /// Which linear pages were fetched from in these epochs (a filter of hashes).
+    fetched: [u64; 64],
+    /// Ranges of linear addresses in the lower and the upper half that cover every large page put in.
+    large: [Option<(u64, u64)>; 2],
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        let mut tlb = Self {
-            current: std::ptr::null_mut(),
-            sets: vec![[EMPTY; ENTRIES]; 3].into_boxed_slice(),
+        Self {
+            sets: [[EMPTY; ENTRIES]; 3],
+            generations: [1; 3],
+            code: [[NO_CODE; CODE_ENTRIES]; 2],
+            set: 0,
             generation: 1,
-            of_pcid: vec![0; 4096],
+            of_globals: 1,
+            globals: false,
+            passing: Vec::new(),
+            passing_code: Vec::new(),
+            of_pcid: vec![(0, 0); 4096],
             next_generation: 2,
-            large: None,
-        };
-        tlb.select(0);
-        tlb
+            epochs: [1, 2],
+            last_epoch: 2,
+            fetched: [0; 64],
+            large: [None; 2],
+        }
     }
 
-    fn select(&mut self, set: usize) {
-        self.current = &raw mut self.sets[set];
-    }
-
-    fn set(&self) -> usize {
-        (self.current.addr() - self.sets.as_ptr().addr()) / size_of::<[Entry; ENTRIES]>()
+    /// The set of the present mode.
+    pub(crate) fn set(&self) -> usize {
+        self.set
     }
 
     /// The place of `linear` in the present set.
     #[inline(always)]
     pub(crate) fn entry(&self, linear: u64) -> Entry {
-        // SAFETY: `current` points to one of the sets, which live as long as self; the index is masked.
-        unsafe { (*self.current)[(linear >> 12) as usize % ENTRIES] }
+        // SAFETY: `set` is below 3 and the index is masked.
+        unsafe { *self.sets.get_unchecked(self.set).get_unchecked((linear >> 12) as usize % ENTRIES) }
     }
 
     /// The tag that an entry has if it is valid for the page of `linear`.
     #[inline(always)]
     pub(crate) fn tag(&self, linear: u64) -> u64 {
-        linear & PAGE_MASK | self.generation
+        // SAFETY: `set` is below 3.
+        linear & PAGE_MASK | unsafe { *self.generations.get_unchecked(self.set) }
+    }
+
+    /// Host address minus linear address of the page of `linear`, if it may be fetched from and is remembered.
+    #[inline(always)]
+    pub(crate) fn code(&self, linear: u64) -> Option<u64> {
+        let user = usize::from(self.set == USER);
+        let entry = &self.code[user][(linear >> 12) as usize % CODE_ENTRIES];
+        (entry.tag == linear & PAGE_MASK | self.code_generation(user)).then_some(entry.addend)
+    }
+
+    #[inline(always)]
+    fn code_generation(&self, user: usize) -> u64 {
+        if user == 0 && self.globals { self.of_globals } else { self.generation }
+    }
+
+    /// The epoch of code in the present mode.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epochs[usize::from(self.set != USER && self.globals)]
+    }
+
+    fn take_epoch(&mut self) -> u64 {
+        self.last_epoch += 1;
+        self.last_epoch
+    }
+
+    /// Begins new epochs: what is known of where code lies is no longer so.
+    pub(crate) fn new_epochs(&mut self) {
+        self.epochs = [self.take_epoch(), self.take_epoch()];
+        for of in &mut self.of_pcid {
+            of.1 = 0;
+        }
+        self.code = [[NO_CODE; CODE_ENTRIES]; 2];
+        self.passing_code.clear();
+        self.fetched = [0; 64];
+    }
+
+    fn filter(linear: u64) -> (usize, u64) {
+        let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        ((hash >> 6) as usize, 1 << (hash & 63))
     }
 
     /// A generation that no entry has.
     fn take_generation(&mut self) -> u16 {
         if self.next_generation > LAST_GENERATION {
             self.sets.iter_mut().flatten().for_each(|e| *e = EMPTY);
-            self.of_pcid.fill(0);
-            self.next_generation = 1;
+            self.of_pcid.fill((0, 0));
+            self.passing.clear();
+            self.new_epochs();
+            self.next_generation = 2;
+            self.of_globals = 1;
         }
         self.next_generation += 1;
         self.next_generation - 1
     }
 
-    /// Forgets everything of all contexts.
-    fn flush_all(&mut self, pcid: u16) {
-        self.of_pcid.fill(0);
-        self.large = None;
+    fn use_generations(&mut self) {
+        let kernel = if self.globals { self.of_globals } else { self.generation };
+        self.generations = [kernel, self.generation, self.generation];
+    }
+
+    /// Forgets everything of all contexts; `globals` says whether there are global pages from now on.
+    fn flush_all(&mut self, pcid: u16, globals: bool) {
+        self.globals = globals;
+        self.of_pcid.fill((0, 0));
+        self.large = [None; 2];
+        self.passing.clear();
+        self.new_epochs();
+        self.of_globals = u64::from(self.take_generation());
         self.switch(pcid, false);
     }
 
     /// Goes to a context; `keep` says that what is remembered of it may stay.
     pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
-        let known = self.of_pcid[usize::from(pcid)];
+        let (known, epoch) = self.of_pcid[usize::from(pcid)];
         let generation = if keep && known != 0 { known } else { self.take_generation() };
-        self.of_pcid[usize::from(pcid)] = generation;
+        let epoch = if keep && epoch != 0 { epoch } else { self.take_epoch() };
+        self.of_pcid[usize::from(pcid)] = (generation, epoch);
         self.generation = u64::from(generation);
+        self.epochs[0] = epoch;
+        for i in self.passing.drain(..) {
+            self.sets[KERNEL][usize::from(i)] = EMPTY;
+        }
+        if !self.passing_code.is_empty() {
+            // Code of the kernel's that is not global is rare; what was linked to it has to go.
+            self.epochs[1] = self.take_epoch();
+            for i in self.passing_code.drain(..) {
+                self.code[0][usize::from(i)] = NO_CODE;
+            }
+        }
+        self.use_generations();
     }
 
     /// Forgets what is remembered of a context that is not the present one.
     pub(crate) fn forget(&mut self, pcid: u16) {
-        self.of_pcid[usize::from(pcid)] = 0;
+        self.of_pcid[usize::from(pcid)] = (0, 0);
     }
 
     /// Forgets the page of `linear` in all contexts. Returns false if it may be part of a large page, so
     /// that everything must be flushed.
     #[must_use]
     pub(crate) fn invalidate(&mut self, linear: u64) -> bool {
-        if self.large.is_some_and(|(from, to)| (from..to).contains(&linear)) {
+        if self.large[(linear >> 63) as usize].is_some_and(|(from, to)| (from..to).contains(&linear)) {
             return false;
         }
-        for set in self.sets.iter_mut() {
+        let page = linear & PAGE_MASK;
+        for set in &mut self.sets {
             let entry = &mut set[(linear >> 12) as usize % ENTRIES];
-            let page = linear & PAGE_MASK;
-            if [entry.read, entry.write, entry.execute].iter().any(|t| t & PAGE_MASK == page) {
+            if [entry.read, entry.write].iter().any(|t| t & PAGE_MASK == page) {
                 *entry = EMPTY;
             }
         }
+        let (word, bit) = Self::filter(linear);
+        if self.fetched[word] & bit != 0 {
+            self.new_epochs();
+        }
         true
     }
+
+    /// Puts a page in. `host` is where `linear` lies, `mark` its page's mark.
+    fn put(&mut self, linear: u64, set: usize, page: &Permitted, addend: u64, mark: *const AtomicU32) {
+        let index = (linear >> 12) as usize;
+        if page.data {
+            let tag = linear & PAGE_MASK | self.generations[set];
+            let write = if page.write { tag } else { INVALID };
+            self.sets[set][index % ENTRIES] = Entry { read: tag, write, addend, mark };
+            if set == KERNEL && self.globals && !page.global {
+                if self.passing.len() >= PASSING {
+                    self.of_globals = u64::from(self.take_generation());
+                    self.passing.clear();
+                    self.use_generations();
+                    return; // the entry just made is of an old generation: it will be filled again
+                }
+                self.passing.push((index % ENTRIES) as u16);
+            }
+        }
+        if page.fetch {
+            let user = usize::from(set == USER);
+            let tag = linear & PAGE_MASK | self.code_generation(user);
+            self.code[user][index % CODE_ENTRIES] = CodeEntry { tag, addend };
+            let (word, bit) = Self::filter(linear);
+            self.fetched[word] |= bit;
+            if user == 0 && self.globals && !page.global && self.passing_code.len() < CODE_ENTRIES {
+                self.passing_code.push((index % CODE_ENTRIES) as u16);
+            }
+        }
+    }
+}
+
+/// What the present mode may do with a page.
+struct Permitted {
+    data: bool,
+    write: bool,
+    fetch: bool,
+    global: bool,
 }
 
 /// Instead of an error code: an entry changed under the walk.
@@ -181,6 +331,8 @@ struct Mapping {
     executable: bool,
     /// The dirty bit is set (or there is none): writes need no further walk.
     dirty: bool,
+    /// The page is in all contexts.
+    global: bool,
 }
 
 impl Cpu {
@@ -199,7 +351,8 @@ impl Cpu {
         } else {
             1
         };
-        self.tlb.select(set);
+        self.tlb.set = set;
+        self.refresh_jump_key();
     }
 
     /// The present process-context identifier.
@@ -209,15 +362,15 @@ impl Cpu {
 
     /// Translates for the present privilege, filling the TLB.
     pub(crate) fn translate(&mut self, linear: u64, access: Access) -> Exec<u64> {
-        let entry = self.tlb.entry(linear);
-        let tag = self.tlb.tag(linear);
-        let hit = match access {
-            Access::Read => entry.read == tag,
-            Access::Write => entry.write == tag,
-            Access::Execute => entry.execute == tag,
+        let addend = if access == Access::Execute {
+            self.tlb.code(linear)
+        } else {
+            let entry = self.tlb.entry(linear);
+            let tag = if access == Access::Read { entry.read } else { entry.write };
+            (tag == self.tlb.tag(linear)).then_some(entry.addend)
         };
-        if hit {
-            return Ok(linear.wrapping_add(entry.addend) - self.window);
+        if let Some(addend) = addend {
+            return Ok(linear.wrapping_add(addend) - self.window);
         }
         let user = self.cpl == 3;
         let set = self.tlb.set();
@@ -233,25 +386,24 @@ impl Cpu {
 
     fn fill(&mut self, linear: u64, set: usize, m: &Mapping) {
         let Some(host) = self.ram(m.physical) else { return };
-        let tag = self.tlb.tag(linear);
-        let supervisor = set != 2;
+        let supervisor = set != USER;
         // Supervisor data accesses to user pages are not for the set under SMAP, and fetches from them not
         // for either under SMEP.
-        let data = if supervisor { !(set == 0 && m.user) } else { m.user };
-        let write = data && m.dirty && (m.writable || (supervisor && self.cr0 & cr0::WP == 0));
-        let fetch = if supervisor { !(m.user && self.cr4 & cr4::SMEP != 0) } else { m.user } && m.executable;
-        let pick = |on: bool| if on { tag } else { INVALID };
-        let entry = Entry {
-            read: pick(data),
-            write: pick(write),
-            execute: pick(fetch),
-            addend: (host as u64).wrapping_sub(linear),
+        let data = if supervisor { !(set == KERNEL && m.user) } else { m.user };
+        let page = Permitted {
+            data,
+            write: data && m.dirty && (m.writable || (supervisor && self.cr0 & cr0::WP == 0)),
+            fetch: if supervisor { !(m.user && self.cr4 & cr4::SMEP != 0) } else { m.user } && m.executable,
+            global: m.global,
         };
-        self.tlb.sets[set][(linear >> 12) as usize % ENTRIES] = entry;
+        // SAFETY: a page of RAM has a mark.
+        let mark = unsafe { self.marks.add((m.physical >> 12) as usize) };
+        self.tlb.put(linear, set, &page, (host as u64).wrapping_sub(linear), mark);
         if m.bits > 12 {
             let from = linear & !((1 << m.bits) - 1);
             let to = from.saturating_add(1 << m.bits);
-            self.tlb.large = Some(self.tlb.large.map_or((from, to), |(a, b)| (a.min(from), b.max(to))));
+            let large = &mut self.tlb.large[(linear >> 63) as usize];
+            *large = Some(large.map_or((from, to), |(a, b)| (a.min(from), b.max(to))));
         }
     }
 
@@ -267,6 +419,7 @@ impl Cpu {
                 writable: true,
                 executable: true,
                 dirty: true,
+                global: false,
             });
         }
         let found = loop {
@@ -352,6 +505,7 @@ impl Cpu {
                 writable,
                 executable,
                 dirty: (entry | set) & pte::DIRTY != 0,
+                global: entry & pte::GLOBAL != 0,
             });
         }
     }
@@ -374,7 +528,16 @@ impl Cpu {
             let high = directory >> 13 & 0xff;
             let physical = directory & 0xffc0_0000 | high << 32 | linear & 0x3f_ffff;
             let dirty = (directory | set) & pte::DIRTY != 0;
-            return Ok(Mapping { physical, bits: 22, user: to_user, writable, executable: true, dirty });
+            let global = directory & pte::GLOBAL != 0;
+            return Ok(Mapping {
+                physical,
+                bits: 22,
+                user: to_user,
+                writable,
+                executable: true,
+                dirty,
+                global,
+            });
         }
         self.mark_32(at, directory as u32, pte::ACCESSED as u32)?;
         let at = (directory & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
@@ -388,7 +551,8 @@ impl Cpu {
         self.mark_32(at, entry as u32, set as u32)?;
         let physical = entry & 0xffff_f000 | linear & 0xfff;
         let dirty = (entry | set) & pte::DIRTY != 0;
-        Ok(Mapping { physical, bits: 12, user: to_user, writable, executable: true, dirty })
+        let global = entry & pte::GLOBAL != 0;
+        Ok(Mapping { physical, bits: 12, user: to_user, writable, executable: true, dirty, global })
     }
 
     /// Access rights (Intel SDM vol. 3, 4.6.1).
@@ -460,12 +624,21 @@ impl Cpu {
         if !self.tlb.invalidate(linear) {
             self.flush_tlb();
         }
+        self.refresh_jump_key();
     }
 
     /// Forgets all translations of all contexts.
     pub(crate) fn flush_tlb(&mut self) {
         let pcid = self.pcid();
-        self.tlb.flush_all(pcid);
+        self.tlb.flush_all(pcid, self.cr4 & cr4::PGE != 0);
+        self.refresh_jump_key();
+    }
+
+    /// Goes to another context (a write to CR3); `keep` says that what is remembered of it may stay.
+    pub(crate) fn switch_context(&mut self, keep: bool) {
+        let pcid = self.pcid();
+        self.tlb.switch(pcid, keep);
+        self.refresh_jump_key();
     }
 
     /// Reads MMIO in units of up to 8 bytes.

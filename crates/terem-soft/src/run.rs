@@ -8,6 +8,7 @@ use crate::cpu::{Cpu, cr0};
 use crate::event::Shutdown;
 use crate::fault::{Fault, Kind, vector};
 use crate::op::{IP_REG, Op};
+use crate::translate::NO_LINK;
 
 impl Cpu {
     /// Runs until somebody must decide.
@@ -16,15 +17,32 @@ impl Cpu {
             if self.shut_down {
                 return self.shutdown();
             }
-            if self.apic.wants_attention()
-                && let Some(stop) = self.attend()
-            {
-                return stop;
+            if self.apic.wants_attention() {
+                // Whatever comes now is not where the last translation wanted to go.
+                self.native.link = NO_LINK;
+                if let Some(stop) = self.attend() {
+                    return stop;
+                }
             }
+            self.follow_changes();
             let result = match self.find_block() {
-                Ok(block) => self.execute(block),
+                Ok(block) => {
+                    // SAFETY: blocks are dropped only by `find_block`, not while one runs.
+                    let known = unsafe { &*block };
+                    if std::mem::take(&mut self.native.interpret) || !self.translates() {
+                        self.native.link = NO_LINK;
+                        self.execute(block)
+                    } else if let Some(code) = self.translation(known) {
+                        self.run_translated(known, code);
+                        continue;
+                    } else {
+                        self.native.link = NO_LINK;
+                        self.execute(block)
+                    }
+                }
                 Err(fault) => {
                     let rip = self.rip;
+                    self.native.link = NO_LINK;
                     self.raise(fault, rip, rip)
                 }
             };
@@ -41,7 +59,7 @@ impl Cpu {
 
     /// Executes a block to its end or to its first fault.
     #[inline]
-    fn execute(&mut self, block: *const Block) -> Result<(), Shutdown> {
+    pub(crate) fn execute(&mut self, block: *const Block) -> Result<(), Shutdown> {
         // SAFETY: blocks are dropped only by `find_block`, not while one runs.
         let block = unsafe { &*block };
         let ops: &[Op] = &block.ops;
@@ -94,9 +112,14 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn faulted(&mut self, fault: Fault, op: &Op) -> Result<(), Shutdown> {
+    pub(crate) fn faulted(&mut self, fault: Fault, op: &Op) -> Result<(), Shutdown> {
         let (own, next) = (self.wrap_rip(self.op_rip(op)), self.wrap_rip(self.next_rip(op)));
         self.rip = own;
+        #[cfg(test)]
+        if self.catches {
+            self.caught = Some((fault, own));
+            return Err(Shutdown);
+        }
         self.raise(fault, own, next)
     }
 

@@ -61,6 +61,8 @@ pub struct AcceleratorPlan {
     pub kind: AccelKind,
     /// Why, where it was left to us.
     pub reason: Option<String>,
+    /// Whether the software CPU translates hot code.
+    pub translate: bool,
 }
 
 /// The processors.
@@ -165,8 +167,6 @@ pub enum PlanError {
     )]
     Kvm,
     /// Translation is not built in.
-    #[error("accel: this version's software CPU does not translate; leave translate=on out")]
-    Translate,
     /// The bus is full.
     #[error("{count} devices were asked for and the PCI bus has {} free slots; leave some out", Slots::ROOM)]
     Slots {
@@ -257,9 +257,6 @@ impl CpuPlan {
 }
 
 fn accelerator(config: &MachineConfig, host: &HostInventory, errors: &mut Vec<PlanError>) -> AcceleratorPlan {
-    if config.accel.translate == Some(true) {
-        errors.push(PlanError::Translate);
-    }
     let reason = match config.accel.kind {
         AccelKind::Soft => None,
         AccelKind::Kvm => {
@@ -270,7 +267,7 @@ fn accelerator(config: &MachineConfig, host: &HostInventory, errors: &mut Vec<Pl
             Some(host.no_kvm.clone().unwrap_or_else(|| "this version does not use /dev/kvm yet".into()))
         }
     };
-    AcceleratorPlan { kind: AccelKind::Soft, reason }
+    AcceleratorPlan { kind: AccelKind::Soft, reason, translate: config.accel.translate.unwrap_or(true) }
 }
 
 /// What is plugged into PCI.

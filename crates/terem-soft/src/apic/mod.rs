@@ -186,6 +186,11 @@ impl Apic {
         self.attention.store(true, Ordering::Release);
     }
 
+    /// The word that says so, for code that looks at it itself; it lives as long as the APIC.
+    pub(crate) fn attention(&self) -> *const AtomicBool {
+        &raw const self.attention
+    }
+
     #[inline(always)]
     pub(crate) fn wants_attention(&self) -> bool {
         self.attention.load(Ordering::Acquire)

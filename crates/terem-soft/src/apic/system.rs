@@ -20,6 +20,11 @@ impl ApicSystem {
         system
     }
 
+    /// Asks all vCPUs that run to look up; wakes nobody.
+    pub(crate) fn look_again(&self) {
+        self.apics.iter().for_each(|a| a.look_again());
+    }
+
     pub(crate) fn apic(&self, index: usize) -> Option<Arc<Apic>> {
         self.apics.get(index).cloned()
     }

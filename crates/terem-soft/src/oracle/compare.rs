@@ -130,6 +130,18 @@ fn in_pieces(case: &Case) -> bool {
     })
 }
 
+/// Whether an instruction reads flags that an earlier one left undefined: what it does then is known of the interpreter,
+/// which gives them as this processor family does, not of translated code.
+pub(super) fn reads_undefined(case: &Case) -> bool {
+    let mut undefined = 0;
+    instructions(case).iter().any(|i| {
+        let reads = i.rflags_read() & undefined != 0;
+        undefined =
+            undefined & !(i.rflags_written() | i.rflags_cleared() | i.rflags_set()) | i.rflags_undefined();
+        reads
+    })
+}
+
 /// What a failure is counted under.
 pub(super) fn name(case: &Case) -> String {
     let all = instructions(case);

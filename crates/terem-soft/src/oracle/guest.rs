@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::decode::{CodeSize, decode};
 use crate::fault::Fault;
 use crate::op::IP_REG;
+use crate::translate::NO_LINK;
 use crate::{SoftAccelerator, SoftConfig};
 
 const PRESENT_USER: u64 = 5;
@@ -56,7 +57,7 @@ impl Guest {
     fn after_reset() -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
         let model = CpuModel::find("max", &[]).or_else(|_| CpuModel::find("terem64", &[])).unwrap();
-        let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40 };
+        let config = SoftConfig { model, topology: Topology::flat(1), phys_bits: 40, translate: true };
         let bus = Arc::new(Bus::new(Clock::manual()));
         Self { cpu: SoftAccelerator::new(bus, memory, config).unwrap().make(0).unwrap() }
     }
@@ -105,8 +106,53 @@ impl Guest {
         cpu.refresh_mode();
     }
 
-    /// Runs a case.
+    /// Runs a case in the interpreter.
     pub(super) fn run(&mut self, case: &Case) -> Outcome {
+        self.set_up(case);
+        let (rip, fault) = self.execute(CODE, &case.code[..case.len]);
+        self.outcome(rip, fault)
+    }
+
+    /// Runs a case in translated code.
+    pub(super) fn run_translated(&mut self, case: &Case) -> Outcome {
+        self.set_up(case);
+        let cpu = &mut self.cpu;
+        cpu.take_thread();
+        cpu.memory.marks().written(CODE_PAGE as u64 >> 12);
+        cpu.rip = CODE;
+        cpu.native.link = NO_LINK;
+        cpu.caught = None;
+        cpu.catches = true;
+        for _ in 0..PATIENCE {
+            if cpu.caught.is_some() {
+                break;
+            }
+            cpu.follow_changes();
+            let block = match cpu.find_block() {
+                Ok(block) => block,
+                Err(fault) => {
+                    cpu.caught = Some((fault, cpu.rip));
+                    break;
+                }
+            };
+            // SAFETY: blocks are dropped only by `find_block`.
+            let block = unsafe { &*block };
+            block.runs.set(crate::translate::HOT);
+            match cpu.translation(block).filter(|_| !std::mem::take(&mut cpu.native.interpret)) {
+                Some(code) => cpu.run_translated(block, code),
+                None => {
+                    cpu.native.link = NO_LINK;
+                    let _ = cpu.execute(block);
+                }
+            }
+        }
+        cpu.catches = false;
+        cpu.shut_down = false;
+        let (fault, rip) = cpu.caught.take().map_or((None, cpu.rip), |(f, rip)| (Some(f), rip));
+        self.outcome(rip, fault)
+    }
+
+    fn set_up(&mut self, case: &Case) {
         let ram = self.ram();
         fill(case.seed, &mut ram[DATA_PAGES..DATA_PAGES + DATA_LEN]);
         ram[CODE_PAGE..CODE_PAGE + case.code.len()].fill(0xcc);
@@ -115,8 +161,10 @@ impl Guest {
         cpu.gpr[..16].copy_from_slice(&case.gpr);
         cpu.set_rflags(case.rflags);
         load_fx(cpu, &case.fx);
+    }
+
+    fn outcome(&mut self, rip: u64, fault: Option<Fault>) -> Outcome {
         let mut outcome = Outcome { vector: END, ..Outcome::NONE };
-        let (rip, fault) = self.execute(CODE, &case.code[..case.len]);
         if let Some(fault) = fault {
             outcome.vector = u32::from(fault.vector);
             outcome.code = fault.code;

@@ -1,10 +1,11 @@
 //! The host's processor as the oracle: random instructions with random state run on it and in the
-//! interpreter, and everything that comes out is compared bit for bit: registers, flags, memory, x87, MMX
+//! interpreter and in translated code, and everything that comes out is compared bit for bit: registers, flags, memory, x87, MMX
 //! and SSE state, and faults with their error codes and addresses.
 //!
 //! ```text
 //!   generate.rs ─ Case ─┬─> native.rs (child process, signals) ─ Outcome ─┐
-//!                       └─> guest.rs (decode, op.run) ───────── Outcome ─┴─> compare.rs
+//!                       ├─> guest.rs (decode, op.run) ───────── Outcome ─┼─> compare.rs
+//!                       └─> guest.rs (translation) ──────────── Outcome ─┘
 //! ```
 //!
 //! By default some 100,000 cases from a fixed seed run. For more:
@@ -63,11 +64,15 @@ fn random_instructions_do_as_on_the_host() {
             }
             faults += u64::from(host.vector != case::END);
             let ours: Outcome = guest.run(case);
-            let differences = compare::differences(case, host, &ours, strict);
+            let mut differences = compare::differences(case, host, &ours, strict);
+            let mut name = compare::name(case);
+            if differences.is_empty() && !compare::reads_undefined(case) {
+                differences = compare::differences(case, host, &guest.run_translated(case), strict);
+                name += " (translated)";
+            }
             if differences.is_empty() {
                 continue;
             }
-            let name = compare::name(case);
             let seen = bad.entry(name.clone()).or_default();
             *seen += 1;
             if (*seen == 1 || name.starts_with('(')) && shown < number("ORACLE_SHOW", SHOWN as u64) {
@@ -85,6 +90,6 @@ fn random_instructions_do_as_on_the_host() {
     for (name, count) in &bad {
         println!("{count:8} {name}");
     }
-    assert!(bad.is_empty(), "the interpreter differs from the host");
+    assert!(bad.is_empty(), "the interpreter or the translator differs from the host");
     assert!(skipped < cases / 100 + 2, "too many cases killed the host's process");
 }

@@ -59,7 +59,7 @@ impl Shape {
 impl Cpu {
     /// Whether a floating-point instruction can run as it is, leaving its flags in the host's MXCSR.
     #[inline(always)]
-    fn runs_directly(&mut self) -> bool {
+    pub(crate) fn runs_directly(&mut self) -> bool {
         self.mxcsr_on_host || self.put_mxcsr()
     }
 

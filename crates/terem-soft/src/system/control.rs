@@ -186,8 +186,7 @@ impl Cpu {
             return Err(Fault::GP0);
         }
         self.cr3 = value;
-        let pcid = self.pcid();
-        self.tlb.switch(pcid, keep);
+        self.switch_context(keep);
         Ok(())
     }
 
@@ -315,9 +314,7 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Exec {
     match cpu.gpr[usize::from(op.reg)] {
         0 if (linear as i64) << 16 >> 16 != linear as i64 => return Err(Fault::GP0),
         0 => cpu.invalidate_page(linear),
-        1 if pcid == cpu.pcid() => {
-            cpu.tlb.switch(pcid, false);
-        }
+        1 if pcid == cpu.pcid() => cpu.switch_context(false),
         1 => cpu.tlb.forget(pcid),
         2 | 3 => cpu.flush_tlb(),
         _ => return Err(Fault::GP0),

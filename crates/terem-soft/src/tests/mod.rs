@@ -72,7 +72,7 @@ impl Rig {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
         let bus = Arc::new(Bus::new(clock));
         let model = CpuModel::find("terem64", &[]).unwrap();
-        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40 };
+        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate: true };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

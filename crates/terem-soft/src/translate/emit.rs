@@ -1,0 +1,749 @@
+//! One translation: guest instructions in host registers, memory accesses through the TLB, and the flags.
+
+use std::mem::offset_of;
+
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use super::Site;
+use super::analyse::{Item, Kind};
+use super::asm::host::{RAX, RDX, SP, T0, T1, T2};
+use super::asm::{Address, Asm, Jump, Place, cc};
+use super::flow::NewLink;
+use super::stubs::{Stubs, native, slot};
+use crate::cpu::Cpu;
+use crate::mmu::{ENTRIES, Entry, Tlb};
+use crate::op::IP_REG;
+
+/// Where the guest's arithmetic flags are. What is said here is true of all of them at once.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Flags {
+    /// In the host's.
+    pub(super) host: bool,
+    /// In the vCPU's state.
+    pub(super) memory: bool,
+    /// They can be made again.
+    pub(super) recipe: Option<Recipe>,
+}
+
+/// Host code that makes the flags of an earlier instruction again, as long as registers are what it left.
+#[derive(Debug, Clone)]
+pub(super) struct Recipe {
+    code: Vec<u8>,
+    /// Guest registers that it takes (a bit each).
+    registers: u32,
+}
+
+/// Code out of the way: what happens rarely.
+#[derive(Debug)]
+pub(super) enum Cold {
+    /// A memory access or a division that has to be done by Rust; back to `retry`, or to `next` when it is done.
+    Slow {
+        jumps: Vec<Jump>,
+        retry: Option<usize>,
+        next: usize,
+        site: u64,
+        recipe: Option<Recipe>,
+        restore: bool,
+    },
+    /// A store has hit a page with code.
+    Marked { jump: Jump, site: u64, recipe: Option<Recipe> },
+    /// A call's push has.
+    MarkedCall { jump: Jump, site: u64, back: usize },
+    /// The XMM registers have to be loaded.
+    Vectors { jump: Jump, back: usize, site: u64, recipe: Option<Recipe> },
+    /// Leaves by a link.
+    Leave { jumps: Vec<Jump>, link: u32 },
+    /// A conditional jump to another page.
+    Cross { jump: Jump, offset: i64 },
+}
+
+/// What can go wrong while emitting; the instruction is left to its handler then.
+pub(super) struct CannotEncode;
+
+/// The emitter of one translation.
+pub(super) struct Emitter<'a> {
+    pub(super) asm: Asm,
+    pub(super) stubs: &'a Stubs,
+    pub(super) encoder: &'a mut Encoder,
+    info: InstructionInfoFactory,
+    /// The guest's code, from page offset `start` on.
+    bytes: &'a [u8],
+    start: u16,
+    /// The TLB set of the mode.
+    set: usize,
+    pub(super) flags: Flags,
+    vectors: bool,
+    pub(super) sites: Vec<Site>,
+    pub(super) cold: Vec<Cold>,
+    pub(super) links: Vec<NewLink>,
+    /// Number of the first link.
+    pub(super) first_link: u32,
+    /// Number and address of the first link to another page.
+    pub(super) first_cross: u32,
+    pub(super) cross_data: u64,
+    pub(super) crosses: u32,
+}
+
+/// A general register's number, if it is one that lives in memory.
+fn at_home(register: Register) -> Option<u8> {
+    let n = register.full_register().number() as u8;
+    (register.is_gpr() && matches!(n, 9 | 10 | 11 | 15)).then_some(n)
+}
+
+/// `register`'s namesake of host register `n` (8–15), of the same size.
+fn namesake(register: Register, n: u8) -> Register {
+    let first = match register.size() {
+        1 => Register::R8L,
+        2 => Register::R8W,
+        4 => Register::R8D,
+        _ => Register::R8,
+    };
+    first + u32::from(n - 8)
+}
+
+impl<'a> Emitter<'a> {
+    pub(super) fn new(
+        stubs: &'a Stubs,
+        encoder: &'a mut Encoder,
+        bytes: &'a [u8],
+        start: u16,
+        set: usize,
+        items: usize,
+    ) -> Self {
+        Self {
+            asm: Asm { code: Vec::with_capacity(items * 48), base: 0 },
+            stubs,
+            encoder,
+            info: InstructionInfoFactory::new(),
+            bytes,
+            start,
+            set,
+            flags: Flags { host: false, memory: true, recipe: None },
+            vectors: false,
+            sites: Vec::with_capacity(items * 2 + 2),
+            cold: Vec::new(),
+            links: Vec::new(),
+            first_link: 0,
+            first_cross: 0,
+            cross_data: 0,
+            crosses: 0,
+        }
+    }
+
+    /// Emits all of it. `cut`: the next instruction lies on two pages.
+    pub(super) fn run(&mut self, items: &[Item], cut: bool) {
+        for item in items {
+            self.item(item);
+        }
+        let Some(last) = items.last() else { return };
+        let goes_on = !matches!(
+            last.kind,
+            Kind::Jump
+                | Kind::Call
+                | Kind::JumpTo
+                | Kind::CallTo
+                | Kind::Return
+                | Kind::Handler { ends: true }
+        );
+        if goes_on {
+            self.flags_to_memory();
+            self.link(i64::from(last.next()), cut, false);
+        }
+        self.emit_cold();
+    }
+
+    fn item(&mut self, item: &Item) {
+        // If it cannot be encoded, what was emitted of it is taken back.
+        let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
+        let (sites, cold, links, crosses) =
+            (self.sites.len(), self.cold.len(), self.links.len(), self.crosses);
+        let done = match item.kind {
+            Kind::Nothing => Ok(()),
+            Kind::Direct => self.direct(item),
+            Kind::Address => self.address_of(item),
+            Kind::Push => self.push(item),
+            Kind::Pop => self.pop(item),
+            Kind::Leave => self.leave(item),
+            Kind::Divide { signed } => self.divide(item, signed),
+            Kind::Handler { ends } => {
+                self.handler(item, ends);
+                Ok(())
+            }
+            _ => self.flow(item),
+        };
+        if done.is_err() {
+            self.asm.code.truncate(len);
+            (self.flags, self.vectors) = (flags, vectors);
+            self.sites.truncate(sites);
+            self.cold.truncate(cold);
+            self.links.truncate(links);
+            self.crosses = crosses;
+            self.handler(item, item.insn.flow_control() != iced_x86::FlowControl::Next);
+        }
+    }
+
+    /// A site for `item`; its address.
+    pub(super) fn site(&mut self, item: &Item, flow: bool) -> u64 {
+        debug_assert!(self.sites.len() < self.sites.capacity());
+        let m = item.memory;
+        self.sites.push(Site {
+            op: item.op,
+            size: m.map_or(8, |m| m.size),
+            write: m.is_some_and(|m| m.write),
+            aligned: m.is_some_and(|m| m.aligned),
+            flow,
+        });
+        &raw const self.sites[self.sites.len() - 1] as u64
+    }
+
+    /// A site for an access to the stack.
+    pub(super) fn stack_site(&mut self, item: &Item, write: bool) -> u64 {
+        let flow = !matches!(item.kind, Kind::Push | Kind::Pop | Kind::Leave);
+        let at = self.site(item, flow);
+        if let Some(site) = self.sites.last_mut() {
+            (site.size, site.write, site.aligned) = (8, write, false);
+        }
+        at
+    }
+
+    fn handler(&mut self, item: &Item, ends: bool) {
+        self.flags_to_memory();
+        let site = self.site(item, ends);
+        self.asm.set(T1, site);
+        self.asm.call_to(self.stubs.handler);
+        self.flags = Flags { host: false, memory: true, recipe: None };
+    }
+
+    // ---- flags ----
+
+    fn make_again(&mut self, recipe: &Recipe) {
+        self.asm.bytes(&recipe.code);
+    }
+
+    /// Sees to it that the host's flags are the guest's. Only T2 is lost.
+    pub(super) fn ensure_host(&mut self) {
+        if self.flags.host {
+            return;
+        }
+        match self.flags.recipe.clone() {
+            Some(recipe) => self.make_again(&recipe),
+            None => self.asm.restore_flags(),
+        }
+        self.flags.host = true;
+    }
+
+    /// Sees to it that the vCPU's state has the flags. The host's stay if they were right. T2 is lost.
+    pub(super) fn flags_to_memory(&mut self) {
+        if self.flags.memory {
+            return;
+        }
+        if !self.flags.host {
+            let Some(recipe) = self.flags.recipe.clone() else { return };
+            self.make_again(&recipe);
+            self.flags.host = true;
+        }
+        self.asm.save_flags();
+        self.flags.memory = true;
+    }
+
+    /// To be called before code that destroys the host's flags while the guest's may be looked at. Gives what has to
+    /// be done first where they are.
+    pub(super) fn protect(&mut self) -> Option<Recipe> {
+        if !self.flags.memory && self.flags.recipe.is_none() && self.flags.host {
+            self.asm.save_flags();
+            self.flags.memory = true;
+        }
+        self.flags.host = false;
+        if self.flags.memory { None } else { self.flags.recipe.clone() }
+    }
+
+    /// To be called right before an instruction that does not fault any more: the flags it reads, and those that it
+    /// leaves, must survive it.
+    fn prepare(&mut self, item: &Item) {
+        let partly = item.writes != 0 && !item.sets_all();
+        let lost = !self.flags.host && !self.flags.memory;
+        let spoils = self.flags.recipe.as_ref().is_some_and(|r| r.registers & item.changes != 0);
+        if item.reads != 0
+            || (partly && item.observed_after)
+            || (lost && spoils && !item.sets_all() && item.observed_after)
+        {
+            self.ensure_host();
+        }
+    }
+
+    /// What has become of the flags after `item`, whose host code was `code`.
+    fn after(&mut self, item: &Item, recipe: Option<Recipe>) {
+        if item.sets_all() {
+            self.flags = Flags { host: true, memory: false, recipe };
+            return;
+        }
+        if item.writes != 0 {
+            // The others were made right before, or nobody looks.
+            self.flags = Flags { host: self.flags.host, memory: false, recipe: None };
+        }
+        if self.flags.recipe.as_ref().is_some_and(|r| r.registers & item.changes != 0) {
+            self.flags.recipe = None;
+        }
+    }
+
+    // ---- instructions ----
+
+    /// Emits the guest's instruction with its registers where they are here, and its memory operand at `[T0]`; `free`
+    /// are scratch registers for those that live in memory. Gives where its code begins and ends.
+    fn encode(&mut self, item: &Item, free: &[u8]) -> Result<(usize, usize), CannotEncode> {
+        let mut insn = item.insn;
+        let mut homes: [(u8, u8); 3] = [(0, 0); 3];
+        let mut count = 0;
+        let mut stores = 0_u32;
+        let mut changed = item.memory.is_some();
+        for n in 0..insn.op_count() {
+            if insn.op_kind(n) != OpKind::Register {
+                continue;
+            }
+            let register = insn.op_register(n);
+            if register.is_gpr() && register.full_register() == Register::RSP {
+                insn.set_op_register(n, namesake(register, SP));
+                changed = true;
+            }
+            let Some(home) = at_home(register) else { continue };
+            changed = true;
+            let known = homes[..count].iter().find(|h| h.0 == home).map(|h| h.1);
+            let scratch = if let Some(scratch) = known {
+                scratch
+            } else {
+                let scratch = *free.get(count).ok_or(CannotEncode)?;
+                homes[count] = (home, scratch);
+                count += 1;
+                scratch
+            };
+            insn.set_op_register(n, namesake(register, scratch));
+            let access = self.info.info(&item.insn).op_access(n);
+            if known.is_none() && (access != OpAccess::Write || register.size() < 4) {
+                self.asm.load(scratch, slot(home));
+            } else if known.is_some() {
+                // Both a source and a destination: it has to be loaded whatever the first one said.
+                self.asm.load(scratch, slot(home));
+            }
+            if !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess) {
+                stores |= 1 << count_of(&homes[..count], home);
+            }
+        }
+        let begin = self.asm.code.len();
+        if changed {
+            if item.memory.is_some() {
+                insn.set_memory_base(Register::R11);
+                insn.set_memory_index(Register::None);
+                insn.set_memory_index_scale(1);
+                insn.set_memory_displacement64(0);
+                insn.set_memory_displ_size(0);
+                insn.set_segment_prefix(Register::None);
+            }
+            let encoded = self.encoder.encode(&insn, 0);
+            let mut code = self.encoder.take_buffer();
+            if encoded.is_ok() {
+                self.asm.bytes(&code);
+            }
+            code.clear();
+            self.encoder.set_buffer(code);
+            encoded.map_err(|_| CannotEncode)?;
+        } else {
+            let at = usize::from(item.start() - self.start);
+            let (from, to) = (at, at + usize::from(item.op.len));
+            self.asm.bytes(&self.bytes[from..to]);
+        }
+        let end = self.asm.code.len();
+        for (i, (home, scratch)) in homes[..count].iter().enumerate() {
+            if stores & 1 << i != 0 {
+                self.asm.store(slot(*home), *scratch);
+            }
+        }
+        Ok((begin, end))
+    }
+
+    /// How the flags of an instruction without memory operand can be made again.
+    fn recipe(&self, item: &Item, begin: usize, end: usize) -> Option<Recipe> {
+        use Mnemonic as M;
+        let insn = &item.insn;
+        if insn.op_count() != 2 || insn.op0_kind() != OpKind::Register || item.memory.is_some() {
+            return None;
+        }
+        let mut registers = 0;
+        for n in 0..2 {
+            if insn.op_kind(n) == OpKind::Register {
+                let r = insn.op_register(n);
+                if at_home(r).is_some() || !r.is_gpr() {
+                    return None;
+                }
+                registers |= 1 << r.full_register().number();
+            }
+        }
+        let code = &self.asm.code[begin..end];
+        let same = insn.op1_kind() == OpKind::Register
+            && insn.op0_register().full_register() == insn.op1_register().full_register();
+        let code = match insn.mnemonic() {
+            M::Cmp | M::Test => code.to_vec(),
+            M::Add | M::Sub if !same => [inverse(code)?.as_slice(), code].concat(),
+            M::And | M::Or | M::Xor => {
+                registers = 1 << insn.op0_register().full_register().number();
+                test(insn.op0_register())?
+            }
+            _ => return None,
+        };
+        Some(Recipe { code, registers })
+    }
+
+    fn direct(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        if item.vector && !self.vectors {
+            self.load_vectors(item);
+        }
+        let Some(memory) = item.memory else {
+            self.prepare(item);
+            let (begin, end) = self.encode(item, &[T2, T1, T0])?;
+            let recipe = self.recipe(item, begin, end);
+            self.after(item, recipe);
+            return Ok(());
+        };
+        let site = self.site(item, false);
+        let recipe = self.protect();
+        self.address(&item.insn, T0);
+        let (mut jumps, retry) = self.check(memory.size, memory.write);
+        if memory.aligned {
+            self.asm.bytes(&[0x41, 0xf6, 0xc3, memory.size - 1]); // test r11b, size - 1
+            jumps.push(self.asm.jump_if(cc::NE));
+        }
+        self.prepare(item);
+        self.encode(item, if memory.write { &[T2] } else { &[T2, T1] })?;
+        self.after(item, None);
+        if memory.write {
+            self.look_at_mark(item.observed_after, site);
+        }
+        let (next, restore) = (self.asm.code.len(), self.flags.host);
+        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        Ok(())
+    }
+
+    /// After a store: does the page hold code? T1 is where its mark is.
+    pub(super) fn look_at_mark(&mut self, observed: bool, site: u64) {
+        let recipe = if observed {
+            self.protect()
+        } else {
+            self.flags.host = false;
+            None
+        };
+        self.asm.op(false, &[0xf6], 0, Place::At(T1, 0)); // test byte [t1], CODE
+        self.asm.code.push(terem_memory::CODE as u8);
+        let jump = self.asm.jump_if(cc::NE);
+        self.cold.push(Cold::Marked { jump, site, recipe });
+    }
+
+    fn load_vectors(&mut self, item: &Item) {
+        let recipe = self.protect();
+        let site = self.site(item, false);
+        self.asm.compare_byte(native!(vectors_loaded), 0);
+        let jump = self.asm.jump_if(cc::E);
+        self.cold.push(Cold::Vectors { jump, back: self.asm.code.len(), site, recipe });
+        self.vectors = true;
+    }
+
+    /// The host register of a guest register as part of an address; those in memory are loaded to `scratch`.
+    pub(super) fn part(&mut self, register: Register, scratch: u8) -> Option<u8> {
+        if register == Register::None {
+            return None;
+        }
+        if matches!(register, Register::RIP | Register::EIP) {
+            self.asm.load(scratch, slot(IP_REG));
+            return Some(scratch);
+        }
+        if let Some(home) = at_home(register) {
+            self.asm.load(scratch, slot(home));
+            return Some(scratch);
+        }
+        let n = register.full_register().number() as u8;
+        Some(if n == 4 { SP } else { n })
+    }
+
+    /// The parts of a memory operand, and whether it is 64 bits wide. T0 and T1 are lost.
+    fn parts(&mut self, insn: &Instruction) -> (Address, bool) {
+        let base = self.part(insn.memory_base(), T0);
+        let index = self.part(insn.memory_index(), T1);
+        let index = index.map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8));
+        let disp = insn.memory_displacement64() as i64 as i32;
+        let narrow = insn.memory_base().size() == 4 || insn.memory_index().size() == 4;
+        (Address { base, index, disp }, !narrow)
+    }
+
+    /// The linear address of the memory operand in `to`. Flags are lost if it is in FS or GS.
+    pub(super) fn address(&mut self, insn: &Instruction, to: u8) {
+        let (address, wide) = self.parts(insn);
+        match address {
+            Address { base: Some(base), index: None, disp: 0 } if wide => {
+                if base != to {
+                    self.asm.copy(true, to, base);
+                }
+            }
+            _ => self.asm.lea(wide, to, address),
+        }
+        let segment = match insn.memory_segment() {
+            Register::FS => 4,
+            Register::GS => 5,
+            _ => return,
+        };
+        self.asm.op(true, &[0x03], to, Place::State(offset_of!(Cpu, segment_base) + segment * 8));
+    }
+
+    /// Turns the linear address in T0 into the host's; for stores, T1 then has the place of the page's mark. T2 and
+    /// the host's flags are lost. Gives the jump that is taken where the TLB does not have it, and where to try again.
+    pub(super) fn check(&mut self, size: u8, write: bool) -> (Vec<Jump>, usize) {
+        let a = &mut self.asm;
+        let entry = offset_of!(Cpu, tlb) + offset_of!(Tlb, sets) + self.set * size_of::<[Entry; ENTRIES]>();
+        let generation = offset_of!(Cpu, tlb) + offset_of!(Tlb, generations) + self.set * 8;
+        const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
+        let retry = a.code.len();
+        a.copy(false, T1, T0);
+        a.shift_right(false, T1, 12 - SHIFT as u8);
+        a.group1(false, 4, Place::Reg(T1), ((ENTRIES - 1) << SHIFT) as i32);
+        a.lea_plus(T2, T0, i32::from(size) - 1);
+        a.group1(true, 4, Place::Reg(T2), -0x1000);
+        a.op(true, &[0x0b], T2, Place::State(generation));
+        let tag = if write { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
+        a.op(true, &[0x3b], T2, Place::StateAt(T1, entry + tag));
+        let jump = a.jump_if(cc::NE);
+        a.op(true, &[0x03], T0, Place::StateAt(T1, entry + offset_of!(Entry, addend)));
+        if write {
+            a.load(T1, Place::StateAt(T1, entry + offset_of!(Entry, mark)));
+        }
+        (vec![jump], retry)
+    }
+
+    fn address_of(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        self.prepare(item);
+        let (address, wide) = self.parts(&item.insn);
+        let to = item.insn.op0_register();
+        let n = to.full_register().number() as u8;
+        let wide_result = to.size() == 8;
+        let target = if at_home(to).is_some() {
+            T0
+        } else if n == 4 {
+            SP
+        } else {
+            n
+        };
+        self.asm.lea(wide && wide_result, target, address);
+        if let Some(home) = at_home(to) {
+            self.asm.store(slot(home), T0);
+        }
+        self.after(item, None);
+        Ok(())
+    }
+
+    fn push(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        let site = self.stack_site(item, true);
+        let recipe = self.protect();
+        self.asm.lea_plus(T0, SP, -8);
+        let (jumps, retry) = self.check(8, true);
+        self.prepare(item);
+        let insn = &item.insn;
+        if insn.op0_kind() == OpKind::Register {
+            let source = self.part(insn.op0_register(), T2).ok_or(CannotEncode)?;
+            self.asm.store(Place::At(T0, 0), source);
+        } else {
+            self.asm.op(true, &[0xc7], 0, Place::At(T0, 0));
+            let imm = insn.immediate(0) as i32;
+            self.asm.bytes(&imm.to_le_bytes());
+        }
+        self.asm.lea_plus(SP, SP, -8);
+        self.after(item, None);
+        self.look_at_mark(item.observed_after, site);
+        let (next, restore) = (self.asm.code.len(), self.flags.host);
+        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        Ok(())
+    }
+
+    fn pop(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        let site = self.stack_site(item, false);
+        let recipe = self.protect();
+        self.asm.copy(true, T0, SP);
+        let (jumps, retry) = self.check(8, false);
+        self.prepare(item);
+        let to = item.insn.op0_register();
+        let n = to.number() as u8;
+        self.asm.load(T0, Place::At(T0, 0));
+        if n == 4 {
+            self.asm.copy(true, SP, T0);
+        } else {
+            self.asm.lea_plus(SP, SP, 8);
+            match at_home(to) {
+                Some(home) => self.asm.store(slot(home), T0),
+                None => self.asm.copy(true, n, T0),
+            }
+        }
+        self.after(item, None);
+        let (next, restore) = (self.asm.code.len(), self.flags.host);
+        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        Ok(())
+    }
+
+    fn leave(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        const RBP: u8 = 5;
+        let site = self.stack_site(item, false);
+        let recipe = self.protect();
+        self.asm.copy(true, T0, RBP);
+        let (jumps, retry) = self.check(8, false);
+        self.prepare(item);
+        self.asm.load(T0, Place::At(T0, 0));
+        self.asm.lea_plus(SP, RBP, 8);
+        self.asm.copy(true, RBP, T0);
+        self.after(item, None);
+        let (next, restore) = (self.asm.code.len(), self.flags.host);
+        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        Ok(())
+    }
+
+    /// A division by a register that cannot overflow; the handler does the others.
+    fn divide(&mut self, item: &Item, signed: bool) -> Result<(), CannotEncode> {
+        let site = self.site(item, false);
+        let recipe = self.protect();
+        let register = item.insn.op0_register();
+        let wide = register.size() == 8;
+        let divisor = self.part(register, T1).ok_or(CannotEncode)?;
+        let mut jumps = Vec::new();
+        if signed {
+            self.asm.copy(wide, T2, RAX);
+            self.asm.op(wide, &[0xc1], 7, Place::Reg(T2)); // sar
+            self.asm.code.push(if wide { 63 } else { 31 });
+            self.asm.op(wide, &[0x3b], T2, Place::Reg(RDX));
+            jumps.push(self.asm.jump_if(cc::NE));
+            self.asm.lea(wide, T2, Address { base: Some(divisor), index: None, disp: 1 });
+            self.asm.group1(wide, 7, Place::Reg(T2), 1);
+            jumps.push(self.asm.jump_if(cc::BE));
+        } else {
+            self.asm.op(wide, &[0x3b], RDX, Place::Reg(divisor));
+            jumps.push(self.asm.jump_if(cc::AE));
+        }
+        self.asm.op(wide, &[0xf7], if signed { 7 } else { 6 }, Place::Reg(divisor));
+        self.after(item, None);
+        let (next, restore) = (self.asm.code.len(), self.flags.host);
+        self.cold.push(Cold::Slow { jumps, retry: None, next, site, recipe, restore });
+        Ok(())
+    }
+
+    // ---- what happens rarely ----
+
+    fn emit_cold(&mut self) {
+        let mut i = 0;
+        // Emitting one may add others.
+        while i < self.cold.len() {
+            let cold = std::mem::replace(&mut self.cold[i], Cold::Leave { jumps: Vec::new(), link: 0 });
+            self.emit_one(cold);
+            i += 1;
+        }
+    }
+
+    fn flags_of(&mut self, recipe: Option<Recipe>) {
+        if let Some(recipe) = recipe {
+            self.make_again(&recipe);
+            self.asm.save_flags();
+        }
+    }
+
+    fn emit_one(&mut self, cold: Cold) {
+        match cold {
+            Cold::Slow { jumps, retry, next, site, recipe, restore } => {
+                jumps.into_iter().for_each(|j| self.asm.land(j));
+                self.flags_of(recipe);
+                self.asm.set(T1, site);
+                let Some(retry) = retry else {
+                    self.asm.call_to(self.stubs.handler);
+                    self.back(next, restore);
+                    return;
+                };
+                self.asm.call_to(self.stubs.slow);
+                self.asm.op(false, &[0x85], T1, Place::Reg(T1)); // test
+                let again = self.asm.jump_if(cc::E);
+                self.asm.land_at(again, retry);
+                self.back(next, restore);
+            }
+            Cold::Marked { jump, site, recipe } => {
+                self.asm.land(jump);
+                self.flags_of(recipe);
+                self.asm.set(T0, site);
+                self.asm.call_to(self.stubs.marked);
+            }
+            Cold::MarkedCall { jump, site, back } => {
+                self.asm.land(jump);
+                self.asm.set(T0, site);
+                self.asm.call_to(self.stubs.marked);
+                self.back(back, false);
+            }
+            Cold::Vectors { jump, back, site, recipe } => {
+                self.asm.land(jump);
+                self.flags_of(recipe);
+                self.asm.set(T1, site);
+                self.asm.call_to(self.stubs.vectors);
+                let jump = self.asm.jump();
+                self.asm.land_at(jump, back);
+            }
+            Cold::Leave { jumps, link } => {
+                if jumps.is_empty() {
+                    return;
+                }
+                jumps.into_iter().for_each(|j| self.asm.land(j));
+                self.asm.set(T1, u64::from(link));
+                self.asm.jump_to(self.stubs.exit);
+            }
+            Cold::Cross { jump, offset } => {
+                self.asm.land(jump);
+                self.cross_link(offset);
+            }
+        }
+    }
+
+    fn back(&mut self, next: usize, restore: bool) {
+        if restore {
+            self.asm.restore_flags();
+        }
+        let jump = self.asm.jump();
+        self.asm.land_at(jump, next);
+    }
+}
+
+fn count_of(homes: &[(u8, u8)], home: u8) -> usize {
+    homes.iter().position(|h| h.0 == home).unwrap_or(0)
+}
+
+/// `add` for `sub` and the other way round, with the same operands.
+fn inverse(code: &[u8]) -> Option<Vec<u8>> {
+    let mut code = code.to_vec();
+    let opcode = code
+        .iter()
+        .position(|b| !matches!(b, 0x66 | 0x40..=0x4f | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65))?;
+    match code[opcode] {
+        0x00..=0x05 | 0x28..=0x2d => code[opcode] ^= 0x28,
+        0x80 | 0x81 | 0x83 => code[opcode + 1] ^= 5 << 3,
+        _ => return None,
+    }
+    Some(code)
+}
+
+/// `test register, register`.
+fn test(register: Register) -> Option<Vec<u8>> {
+    let mut n = register.full_register().number() as u8;
+    if crate::decode::is_high_byte(register) {
+        return None;
+    }
+    if n == 4 {
+        n = SP;
+    }
+    let mut code = Vec::with_capacity(4);
+    let size = register.size();
+    if size == 2 {
+        code.push(0x66);
+    }
+    let rex = 0x40 | u8::from(size == 8) << 3 | (n >> 3) << 2 | n >> 3;
+    if rex != 0x40 || (size == 1 && n >= 4) {
+        code.push(rex);
+    }
+    code.push(if size == 1 { 0x84 } else { 0x85 });
+    code.push(0xc0 | (n & 7) << 3 | n & 7);
+    Some(code)
+}

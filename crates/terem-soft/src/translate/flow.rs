@@ -1,0 +1,235 @@
+//! Jumps, calls and returns, and the links between translations.
+//!
+//! A jump within its page is a direct jump: both ends are void when the page is written, and nothing can change where
+//! the page lies while its code runs. A jump to another page is looked at first: it is good for one linear address of
+//! its source and one epoch ([`crate::mmu::Tlb`]). Indirect jumps look into a table by linear address and epoch.
+
+use std::mem::offset_of;
+
+use iced_x86::{ConditionCode, OpKind};
+
+use super::analyse::{Item, Kind};
+use super::asm::host::{SP, T0, T1, T2};
+use super::asm::{Jump, Place, cc};
+use super::emit::{CannotEncode, Cold, Emitter};
+use super::stubs::{native, slot};
+use super::{CrossLink, JumpEntry, Native};
+use crate::cpu::Cpu;
+use crate::op::IP_REG;
+
+/// Entries of the table of indirect jumps.
+pub(crate) const JUMP_ENTRIES: usize = 4096;
+
+/// The table's entry for a linear address.
+pub(super) fn jump_index(linear: u64) -> usize {
+    (linear ^ linear >> 4) as usize % JUMP_ENTRIES
+}
+
+/// A link of a translation that is being emitted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewLink {
+    /// Where its distance is in the code.
+    pub(super) at: usize,
+    pub(super) offset: i32,
+    pub(super) cross: Option<u32>,
+}
+
+impl Emitter<'_> {
+    pub(super) fn flow(&mut self, item: &Item) -> Result<(), CannotEncode> {
+        match item.kind {
+            Kind::JumpIf => {
+                self.jump_if(item);
+                Ok(())
+            }
+            Kind::Jump => {
+                self.flags_to_memory();
+                let target = item.insn.near_branch_target() as i64;
+                self.link(target, false, target <= i64::from(item.start()));
+                Ok(())
+            }
+            Kind::Call => {
+                self.push_return(item);
+                self.link(item.insn.near_branch_target() as i64, false, true);
+                Ok(())
+            }
+            Kind::Return => {
+                self.flags_to_memory();
+                let site = self.stack_site(item, false);
+                self.asm.copy(true, T0, SP);
+                let (jumps, retry) = self.check(8, false);
+                self.asm.load(T0, Place::At(T0, 0));
+                let more = if item.insn.op_count() == 1 { item.insn.immediate16() } else { 0 };
+                self.asm.lea_plus(SP, SP, 8 + i32::from(more));
+                self.slow_flow(jumps, retry, site);
+                self.indirect();
+                Ok(())
+            }
+            _ => self.jump_to(item, item.kind == Kind::CallTo),
+        }
+    }
+
+    fn slow_flow(&mut self, jumps: Vec<Jump>, retry: usize, site: u64) {
+        // Such a site never comes back "done".
+        self.cold.push(Cold::Slow {
+            jumps,
+            retry: Some(retry),
+            next: retry,
+            site,
+            recipe: None,
+            restore: false,
+        });
+    }
+
+    /// An indirect jump or call.
+    fn jump_to(&mut self, item: &Item, call: bool) -> Result<(), CannotEncode> {
+        self.flags_to_memory();
+        self.flags.host = false;
+        let insn = &item.insn;
+        let register = insn.op0_kind() == OpKind::Register;
+        if !register {
+            if i32::try_from(insn.memory_displacement64() as i64).is_err() {
+                return Err(CannotEncode);
+            }
+            let site = self.stack_site(item, false);
+            self.address(insn, T0);
+            let (jumps, retry) = self.check(8, false);
+            self.asm.load(T0, Place::At(T0, 0));
+            self.slow_flow(jumps, retry, site);
+            if call {
+                self.asm.store(native!(target), T0);
+            }
+        }
+        if call {
+            self.push_return(item);
+        }
+        if register {
+            match self.part(insn.op0_register(), T0) {
+                Some(T0) => {}
+                Some(r) => self.asm.copy(true, T0, r),
+                None => return Err(CannotEncode),
+            }
+        } else if call {
+            self.asm.load(T0, native!(target));
+        }
+        self.indirect();
+        Ok(())
+    }
+
+    /// Pushes the address of the next instruction. Flags go to memory.
+    fn push_return(&mut self, item: &Item) {
+        self.flags_to_memory();
+        self.flags.host = false;
+        let site = self.stack_site(item, true);
+        self.asm.lea_plus(T0, SP, -8);
+        let (jumps, retry) = self.check(8, true);
+        self.asm.load(T2, slot(IP_REG));
+        self.asm.lea_plus(T2, T2, i32::from(item.next()));
+        self.asm.store(Place::At(T0, 0), T2);
+        self.asm.lea_plus(SP, SP, -8);
+        self.slow_flow(jumps, retry, site);
+        // If that was a page with code, attention is called for, and the jump that follows looks for that.
+        self.asm.op(false, &[0xf6], 0, Place::At(T1, 0));
+        self.asm.code.push(terem_memory::CODE as u8);
+        let jump = self.asm.jump_if(cc::NE);
+        self.cold.push(Cold::MarkedCall { jump, site, back: self.asm.code.len() });
+    }
+
+    fn jump_if(&mut self, item: &Item) {
+        self.ensure_host();
+        if !item.taken_kills && !self.flags.memory {
+            self.asm.save_flags();
+            self.flags.memory = true;
+        }
+        let condition = match item.insn.condition_code() {
+            ConditionCode::None => return,
+            c => c as u8 - 1,
+        };
+        let target = item.insn.near_branch_target() as i64;
+        if !(0..0x1000).contains(&target) {
+            let jump = self.asm.jump_if(condition);
+            self.cold.push(Cold::Cross { jump, offset: target });
+        } else if target <= i64::from(item.start()) {
+            let over = self.asm.jump_if(condition ^ 1);
+            self.link(target, false, true);
+            self.asm.land(over);
+        } else {
+            let jump = self.asm.jump_if(condition);
+            let link = self.new_link(jump.0, target, None);
+            self.cold.push(Cold::Leave { jumps: vec![jump], link });
+        }
+    }
+
+    fn new_link(&mut self, at: usize, offset: i64, cross: Option<u32>) -> u32 {
+        self.links.push(NewLink { at, offset: offset as i32, cross });
+        self.first_link + self.links.len() as u32 - 1
+    }
+
+    /// Goes to `offset` of the page that runs. `apart`: though it begins on this page, it must be treated as another.
+    pub(super) fn link(&mut self, offset: i64, apart: bool, poll: bool) {
+        if apart || !(0..0x1000).contains(&offset) {
+            self.cross_link(offset);
+            return;
+        }
+        let mut jumps = Vec::new();
+        if poll {
+            jumps.push(self.poll());
+        }
+        let jump = self.asm.jump();
+        let link = self.new_link(jump.0, offset, None);
+        jumps.push(jump);
+        self.cold.push(Cold::Leave { jumps, link });
+    }
+
+    /// Jumps away if somebody wants something of the vCPU. T1 and flags are lost.
+    fn poll(&mut self) -> Jump {
+        self.asm.load(T1, native!(attention));
+        self.asm.compare_byte(Place::At(T1, 0), 0);
+        self.asm.jump_if(cc::NE)
+    }
+
+    /// A jump to another page.
+    pub(super) fn cross_link(&mut self, offset: i64) {
+        let cross = self.first_cross + self.crosses;
+        self.crosses += 1;
+        let data = self.cross_data + u64::from(cross) * size_of::<CrossLink>() as u64;
+        let mut jumps = Vec::with_capacity(4);
+        self.asm.load(T0, slot(IP_REG));
+        self.asm.compare_rip(T0, data + offset_of!(CrossLink, page) as u64);
+        jumps.push(self.asm.jump_if(cc::NE));
+        self.asm.load(T1, native!(jump_key));
+        self.asm.compare_rip(T1, data + offset_of!(CrossLink, key) as u64);
+        jumps.push(self.asm.jump_if(cc::NE));
+        jumps.push(self.poll());
+        let pages = (offset & !0xfff) as i32;
+        if pages != 0 {
+            self.asm.group1(true, 0, Place::Reg(T0), pages);
+            self.asm.store(slot(IP_REG), T0);
+        }
+        let jump = self.asm.jump();
+        let link = self.new_link(jump.0, offset, Some(cross));
+        self.cold.push(Cold::Leave { jumps, link });
+    }
+
+    /// Goes to the linear address in T0.
+    fn indirect(&mut self) {
+        const SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
+        let table = offset_of!(Cpu, native) + offset_of!(Native, jumps);
+        let exit = self.stubs.exit_to;
+        self.asm.load(T1, native!(attention));
+        self.asm.compare_byte(Place::At(T1, 0), 0);
+        self.asm.jump_if_to(cc::NE, exit);
+        self.asm.copy(false, T1, T0);
+        self.asm.shift_right(false, T1, 4);
+        self.asm.op(false, &[0x33], T1, Place::Reg(T0));
+        self.asm.group1(false, 4, Place::Reg(T1), JUMP_ENTRIES as i32 - 1);
+        self.asm.shift_left(false, T1, SHIFT as u8);
+        self.asm.load(T2, native!(jump_key));
+        self.asm.op(true, &[0x3b], T0, Place::StateAt(T1, table + offset_of!(JumpEntry, linear)));
+        self.asm.jump_if_to(cc::NE, exit);
+        self.asm.op(true, &[0x3b], T2, Place::StateAt(T1, table + offset_of!(JumpEntry, key)));
+        self.asm.jump_if_to(cc::NE, exit);
+        self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
+        self.asm.store(slot(IP_REG), T0);
+        self.asm.op(false, &[0xff], 4, Place::StateAt(T1, table + offset_of!(JumpEntry, target)));
+    }
+}

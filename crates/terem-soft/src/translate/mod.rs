@@ -1,0 +1,180 @@
+//! The translator: guest code into host code, kept beside the interpreter's blocks.
+//!
+//! `docs/translator.md` says how it works, with an example. The files:
+//!
+//! ```text
+//!   analyse.rs  which instructions go out as they are, whose flags are looked at
+//!   emit.rs     one translation: instructions, memory accesses, flags
+//!   flow.rs     jumps, calls, returns, and the links between translations
+//!   stubs.rs    entry and exit, calls into Rust, from translated code
+//!   runtime.rs  what they call, and the loop that goes from translation to translation
+//!   asm.rs      host instructions;   cache.rs  memory for code
+//! ```
+
+mod analyse;
+mod asm;
+mod cache;
+mod emit;
+mod flow;
+mod runtime;
+mod stubs;
+
+use std::sync::atomic::AtomicBool;
+
+use cache::CodeMemory;
+use stubs::Stubs;
+
+pub(crate) use flow::JUMP_ENTRIES;
+
+use crate::op::Op;
+
+/// Blocks are translated when they have been interpreted this often.
+pub(crate) const HOT: u32 = 12;
+/// Sites kept, at most (96 bytes each); more, and all translations are dropped.
+const MAX_SITES: usize = 400_000;
+/// No link.
+pub(crate) const NO_LINK: u32 = 0;
+
+/// What translated code keeps in the vCPU beside the architecture's state.
+pub(crate) struct Native {
+    /// The vCPU itself: what GS points to.
+    pub(crate) cpu: *mut crate::cpu::Cpu,
+    /// Whether somebody wants something of the vCPU ([`crate::apic::Apic`]).
+    pub(crate) attention: *const AtomicBool,
+    /// Epoch and mode: what jumps are remembered under.
+    pub(crate) jump_key: u64,
+    /// Guest XMM registers are in the host's.
+    pub(crate) vectors_loaded: bool,
+    /// They were, when Rust code was called.
+    pub(crate) vectors_were_loaded: bool,
+    /// The next block is the interpreter's.
+    pub(crate) interpret: bool,
+    /// A place for a call's target.
+    pub(crate) target: u64,
+    /// The link that the last translation was left by.
+    pub(crate) link: u32,
+    /// Targets of indirect jumps.
+    pub(crate) jumps: [JumpEntry; JUMP_ENTRIES],
+    /// How often code had been written over when the epochs began.
+    pub(crate) changes: u64,
+    pub(crate) translator: Option<Box<Translator>>,
+}
+
+impl Native {
+    /// For a vCPU whose attention word is at `attention`; `translate`: with a translator.
+    pub(crate) fn new(attention: *const AtomicBool, translate: bool) -> Self {
+        Self {
+            cpu: std::ptr::null_mut(),
+            attention,
+            jump_key: 0,
+            vectors_loaded: false,
+            vectors_were_loaded: false,
+            interpret: false,
+            target: 0,
+            link: NO_LINK,
+            jumps: [JumpEntry::NONE; JUMP_ENTRIES],
+            changes: 0,
+            translator: if translate { Translator::new() } else { None },
+        }
+    }
+}
+
+/// A target of indirect jumps.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct JumpEntry {
+    linear: u64,
+    key: u64,
+    target: u64,
+    _pad: u64,
+}
+
+impl JumpEntry {
+    pub(crate) const NONE: Self = Self { linear: 0, key: 0, target: 0, _pad: 0 };
+}
+
+/// A place in translated code from which Rust is called: the instruction that it stands for.
+#[derive(Debug, Clone)]
+struct Site {
+    op: Op,
+    size: u8,
+    write: bool,
+    aligned: bool,
+    /// It may go elsewhere: after its handler the translation is left.
+    flow: bool,
+}
+
+/// A direct jump between translations.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    /// Where the jump's distance is.
+    at: u64,
+    /// The target, from the source page's first byte.
+    offset: i32,
+    /// It leaves the page: the index of its [`CrossLink`].
+    cross: Option<u32>,
+}
+
+/// What a jump to another page is good for, in the data beside the code.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct CrossLink {
+    /// Linear address of the source page.
+    page: u64,
+    /// [`Native::jump_key`] then.
+    key: u64,
+}
+
+/// Translations of one vCPU.
+pub(crate) struct Translator {
+    memory: CodeMemory,
+    stubs: Stubs,
+    /// Bytes of code that stay for ever: the stubs.
+    fixed: usize,
+    links: Vec<Link>,
+    cross_links: u32,
+    /// A vector for each translation, which never grows, since code has the addresses.
+    sites: Vec<Vec<Site>>,
+    site_count: usize,
+    encoder: iced_x86::Encoder,
+    /// Counters.
+    pub(crate) translations: u64,
+    /// How often all was dropped.
+    pub(crate) flushes: u64,
+}
+
+impl Translator {
+    /// `None` where the host gives no executable memory.
+    pub(crate) fn new() -> Option<Box<Self>> {
+        let mut memory = CodeMemory::new()
+            .inspect_err(|e| {
+                tracing::warn!("no memory for translated code ({e}): the interpreter runs all of it");
+            })
+            .ok()?;
+        let stubs = Stubs::emit(&mut memory);
+        let fixed = memory.used();
+        let links = vec![Link { at: 0, offset: 0, cross: None }];
+        Some(Box::new(Self {
+            memory,
+            stubs,
+            fixed,
+            links,
+            cross_links: 0,
+            sites: Vec::new(),
+            site_count: 0,
+            encoder: iced_x86::Encoder::new(64),
+            translations: 0,
+            flushes: 0,
+        }))
+    }
+
+    /// Drops all translations.
+    fn clear(&mut self) {
+        self.memory.truncate(self.fixed);
+        self.links.truncate(1);
+        self.cross_links = 0;
+        self.sites.clear();
+        self.site_count = 0;
+        self.flushes += 1;
+    }
+}

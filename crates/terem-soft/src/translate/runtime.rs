@@ -1,0 +1,268 @@
+//! What translated code calls, and how the vCPU goes from translation to translation.
+
+use super::analyse::{Kind, analyse};
+use super::emit::Emitter;
+use super::flow::jump_index;
+use super::{CrossLink, HOT, JumpEntry, Link, MAX_SITES, NO_LINK, Site, Translator};
+use crate::block::Block;
+use crate::cpu::Cpu;
+use crate::decode::CodeSize;
+use crate::event::Shutdown;
+use crate::mmu::{Access, PAGE_MASK};
+use crate::op::IP_REG;
+
+/// To translated code: go on (for an access: try it again).
+const GO_ON: u64 = 0;
+/// To translated code: the instruction is done.
+const DONE: u64 = 1;
+/// To translated code: leave; [`Cpu::rip`] says where to go on.
+const LEAVE: u64 = 2;
+
+/// The vCPU is an argument so that the compiler knows that it changes; translated code has it in GS.
+type Enter = extern "sysv64" fn(cpu: *mut Cpu, code: u64) -> u64;
+
+/// A memory access that the TLB does not have: fills it, or does the instruction by its handler.
+pub(super) extern "sysv64" fn slow(cpu: *mut Cpu, site: *const Site, linear: u64) -> u64 {
+    // SAFETY: translated code passes its own vCPU, which nobody else uses while it runs, and one of its sites, which
+    // live as long as the code.
+    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
+    let on_page = 0x1000 - (linear & !PAGE_MASK) >= u64::from(site.size);
+    let canonical = (linear as i64) << 16 >> 16 == linear as i64;
+    let aligned = !site.aligned || linear & (u64::from(site.size) - 1) == 0;
+    if on_page && canonical && aligned {
+        let access = if site.write { Access::Write } else { Access::Read };
+        match cpu.translate(linear, access) {
+            Ok(_) => {
+                let entry = cpu.tlb.entry(linear);
+                let tag = if site.write { entry.write } else { entry.read };
+                if tag == cpu.tlb.tag(linear) {
+                    return GO_ON;
+                }
+            }
+            Err(fault) => {
+                let fault = cpu.faulted(fault, &site.op);
+                return cpu.leave(&fault);
+            }
+        }
+    }
+    cpu.by_handler(site, DONE)
+}
+
+/// Executes an instruction by its handler.
+pub(super) extern "sysv64" fn handler(cpu: *mut Cpu, site: *const Site, _: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
+    cpu.by_handler(site, GO_ON)
+}
+
+/// Before the first vector instruction of a translation, with the XMM registers in memory.
+pub(super) extern "sysv64" fn vectors(cpu: *mut Cpu, site: *const Site, _: u64) -> u64 {
+    // SAFETY: as in `slow`.
+    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
+    if cpu.runs_directly() {
+        return GO_ON;
+    }
+    // A rounding mode or unmasked exceptions that the host's MXCSR must not have: the interpreter's.
+    cpu.rip = cpu.op_rip(&site.op);
+    cpu.native.interpret = true;
+    LEAVE
+}
+
+/// A store has hit a page that holds code; `mark` is the page's.
+pub(super) extern "sysv64" fn marked(cpu: *mut Cpu, mark: u64, site: *const Site) -> u64 {
+    // SAFETY: as in `slow`.
+    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
+    cpu.code_written((mark - cpu.marks as u64) / 4);
+    if site.flow {
+        cpu.apic.look_again();
+        return GO_ON;
+    }
+    cpu.rip = cpu.next_rip(&site.op);
+    LEAVE
+}
+
+impl Cpu {
+    fn leave(&mut self, result: &Result<(), Shutdown>) -> u64 {
+        if result.is_err() {
+            self.shut_down = true;
+        }
+        LEAVE
+    }
+
+    /// Executes a site by its handler; `done` is what to say if the translation can go on behind it.
+    fn by_handler(&mut self, site: &Site, done: u64) -> u64 {
+        let op = &site.op;
+        let (next, key) = (self.next_rip(op), self.native.jump_key);
+        self.rip = next;
+        self.op_end = op;
+        if let Err(fault) = (op.run)(self, op) {
+            let fault = self.faulted(fault, op);
+            return self.leave(&fault);
+        }
+        let stays = self.rip == next
+            && !site.flow
+            && self.native.jump_key == key
+            && !self.op_end.is_null()
+            && !self.interrupt_shadow
+            && !self.apic.wants_attention()
+            && (self.mxcsr_on_host || !self.native.vectors_were_loaded);
+        if stays { done } else { LEAVE }
+    }
+
+    /// Epoch and mode, as jumps are remembered under.
+    pub(crate) fn refresh_jump_key(&mut self) {
+        self.native.jump_key =
+            self.tlb.epoch() << 16 | (self.tlb.set() as u64) << 12 | u64::from(self.mode_key);
+    }
+
+    /// Whether blocks are to be translated at all as things are.
+    pub(crate) fn translates(&self) -> bool {
+        self.mode.code == CodeSize::Code64
+            && !self.mode.single
+            && !self.interrupt_shadow
+            && self.native.translator.is_some()
+    }
+
+    /// Forgets where code lies if some of it was written over.
+    #[inline]
+    pub(crate) fn follow_changes(&mut self) {
+        let changes = self.memory.marks().changes();
+        if changes != self.native.changes {
+            self.native.changes = changes;
+            self.tlb.new_epochs();
+            self.refresh_jump_key();
+        }
+    }
+
+    /// The translation of a block at [`Cpu::rip`], made if it has run often enough.
+    pub(crate) fn translation(&mut self, block: &Block) -> Option<u64> {
+        let code = block.code[self.tlb.set()].get();
+        if code != 0 {
+            return (code != u64::MAX).then_some(code);
+        }
+        let runs = block.runs.get() + 1;
+        block.runs.set(runs);
+        (runs >= HOT).then(|| self.translate_block(block)).flatten()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn translate_block(&mut self, block: &Block) -> Option<u64> {
+        let mut translator = self.native.translator.take()?;
+        if translator.is_full() {
+            translator.clear();
+            self.blocks.drop_translations();
+            self.tlb.new_epochs();
+            self.refresh_jump_key();
+            self.native.link = NO_LINK;
+        }
+        let code = translator.translate(self, block);
+        self.native.translator = Some(translator);
+        block.code[self.tlb.set()].set(code.unwrap_or(u64::MAX));
+        code
+    }
+
+    /// Runs translated code from [`Cpu::rip`] on.
+    pub(crate) fn run_translated(&mut self, block: &Block, code: u64) {
+        let Some(translator) = &mut self.native.translator else { return };
+        let page = self.rip & PAGE_MASK;
+        if self.native.link == NO_LINK {
+            self.native.jumps[jump_index(self.rip)] =
+                JumpEntry { linear: self.rip, key: self.native.jump_key, target: code, _pad: 0 };
+        } else {
+            translator.connect(
+                self.native.link,
+                self.gpr[usize::from(IP_REG)],
+                self.native.jump_key,
+                block,
+                code,
+            );
+        }
+        self.gpr[usize::from(IP_REG)] = page;
+        // SAFETY: the address is the entry stub's, which has this signature.
+        let enter: Enter = unsafe { std::mem::transmute(translator.stubs.enter as *const ()) };
+        let link = enter(self, code) as u32;
+        self.native.link = link;
+        if link != NO_LINK
+            && let Some(translator) = &self.native.translator
+        {
+            let offset = i64::from(translator.links[link as usize].offset);
+            self.rip = self.gpr[usize::from(IP_REG)].wrapping_add_signed(offset);
+        }
+    }
+
+    /// Prepares this thread for translated code: GS points to the vCPU.
+    pub(crate) fn take_thread(&mut self) {
+        const ARCH_SET_GS: libc::c_int = 0x1001;
+        self.native.cpu = self;
+        // SAFETY: nothing else in the process uses GS; translated code reads the vCPU through it.
+        let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, self.native.cpu) };
+        if result != 0 {
+            self.native.translator = None;
+        }
+    }
+}
+
+impl Translator {
+    fn is_full(&self) -> bool {
+        // A translation takes less than 64 instructions of some 200 bytes, and as many links.
+        self.memory.used() + (256 << 10) > super::cache::CODE_SIZE
+            || self.site_count > MAX_SITES
+            || (self.cross_links as usize + 256) * size_of::<CrossLink>() > super::cache::DATA_SIZE
+    }
+
+    /// Lets a link lead to a translation.
+    fn connect(&mut self, link: u32, page: u64, key: u64, block: &Block, code: u64) {
+        let Link { at, cross, .. } = self.links[link as usize];
+        match cross {
+            Some(cross) => {
+                let data = self.memory.data().cast::<CrossLink>();
+                // SAFETY: the data has room for all links, aligned; only this vCPU's thread uses it.
+                unsafe { data.add(cross as usize).write(CrossLink { page, key }) };
+            }
+            // A block on two pages is good only as long as the second one is where it was.
+            None if block.straddles() => return,
+            None => {}
+        }
+        self.memory.patch(at, code);
+    }
+
+    fn translate(&mut self, cpu: &mut Cpu, block: &Block) -> Option<u64> {
+        let start = (cpu.rip & !PAGE_MASK) as u16;
+        let mut bytes = [0; 0x1000 + 16];
+        let len = cpu.bytes_of(block, start, &mut bytes)?;
+        let bytes = &bytes[..len];
+        let straddles = block.straddles();
+        let (items, cut) = analyse(bytes, start, cpu.mode, &cpu.instruction_set, straddles);
+        if items.is_empty() || matches!(items[0].kind, Kind::Handler { ends: true }) {
+            return None;
+        }
+        let stubs = self.stubs;
+        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), items.len());
+        emitter.asm.base = self.memory.next();
+        emitter.first_link = self.links.len() as u32;
+        emitter.first_cross = self.cross_links;
+        emitter.cross_data = self.memory.data() as u64;
+        emitter.run(&items, cut);
+        let Emitter { asm, sites, links, crosses, .. } = emitter;
+        if !self.memory.add(&asm.code) {
+            return None;
+        }
+        for i in 0..crosses {
+            let data = self.memory.data().cast::<CrossLink>();
+            // SAFETY: as in `connect`. The page is none that is ever executed.
+            unsafe { data.add((self.cross_links + i) as usize).write(CrossLink { page: u64::MAX, key: 0 }) };
+        }
+        self.cross_links += crosses;
+        let base = asm.base;
+        self.links.extend(links.iter().map(|l| Link {
+            at: base + l.at as u64,
+            offset: l.offset,
+            cross: l.cross,
+        }));
+        self.site_count += sites.capacity();
+        self.sites.push(sites);
+        self.translations += 1;
+        Some(base)
+    }
+}

@@ -78,6 +78,15 @@ impl Item {
         self.writes == ALL_FLAGS && !counts_by_register(&self.insn)
     }
 
+    /// Nothing comes after it in a translation. (What a call on this page comes back to does.)
+    pub(super) fn ends(&self) -> bool {
+        match self.kind {
+            Kind::Jump | Kind::JumpTo | Kind::Return | Kind::Handler { ends: true } => true,
+            Kind::Call | Kind::CallTo => self.next() >= 0x1000,
+            _ => false,
+        }
+    }
+
     /// Somebody may look at the flags while it executes: it may fault, or be left to the interpreter.
     fn looks(&self) -> bool {
         self.memory.is_some()

@@ -23,6 +23,7 @@ use host::{RAX, T2};
 
 /// Condition codes, as opcodes have them.
 pub(super) mod cc {
+    pub(in super::super) const B: u8 = 2;
     pub(in super::super) const AE: u8 = 3;
     pub(in super::super) const E: u8 = 4;
     pub(in super::super) const NE: u8 = 5;
@@ -231,6 +232,11 @@ impl Asm {
 
     pub(super) fn jump(&mut self) -> Jump {
         self.bytes(&[0xe9, 0, 0, 0, 0]);
+        Jump(self.code.len() - 4)
+    }
+
+    pub(super) fn call(&mut self) -> Jump {
+        self.bytes(&[0xe8, 0, 0, 0, 0]);
         Jump(self.code.len() - 4)
     }
 

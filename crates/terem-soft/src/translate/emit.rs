@@ -6,7 +6,7 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
 
 use super::Site;
 use super::analyse::{Item, Kind};
-use super::asm::host::{RAX, RDX, SP, T0, T1, T2};
+use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
 use super::flow::NewLink;
 use super::stubs::{Stubs, native, slot};
@@ -48,7 +48,11 @@ pub(super) enum Cold {
     /// A store has hit a page with code.
     Marked { jump: Jump, site: u64, recipe: Option<Recipe> },
     /// A call's push has.
-    MarkedCall { jump: Jump, site: u64, back: usize },
+    MarkedCall { jump: Jump, site: u64, back: usize, next: i32 },
+    /// There are too many frames of calls.
+    TooDeep { jump: Jump, back: usize },
+    /// A return that is not from the last call.
+    Mismatch { jump: Jump, back: usize },
     /// The XMM registers have to be loaded.
     Vectors { jump: Jump, back: usize, site: u64, recipe: Option<Recipe> },
     /// Leaves by a link.
@@ -72,7 +76,7 @@ pub(super) struct Emitter<'a> {
     /// The TLB set of the mode.
     set: usize,
     pub(super) flags: Flags,
-    vectors: bool,
+    pub(super) vectors: bool,
     pub(super) sites: Vec<Site>,
     pub(super) cold: Vec<Cold>,
     pub(super) links: Vec<NewLink>,
@@ -136,15 +140,7 @@ impl<'a> Emitter<'a> {
             self.item(item);
         }
         let Some(last) = items.last() else { return };
-        let goes_on = !matches!(
-            last.kind,
-            Kind::Jump
-                | Kind::Call
-                | Kind::JumpTo
-                | Kind::CallTo
-                | Kind::Return
-                | Kind::Handler { ends: true }
-        );
+        let goes_on = !last.ends();
         if goes_on {
             self.flags_to_memory();
             self.link(i64::from(last.next()), cut, false);
@@ -669,10 +665,25 @@ impl<'a> Emitter<'a> {
                 self.asm.set(T0, site);
                 self.asm.call_to(self.stubs.marked);
             }
-            Cold::MarkedCall { jump, site, back } => {
+            Cold::MarkedCall { jump, site, back, next } => {
                 self.asm.land(jump);
                 self.asm.set(T0, site);
                 self.asm.call_to(self.stubs.marked);
+                self.asm.load(T2, slot(IP_REG));
+                self.asm.lea_plus(T2, T2, next);
+                self.back(back, false);
+            }
+            Cold::TooDeep { jump, back } => {
+                self.asm.land(jump);
+                self.asm.load(RSP, native!(stack_bottom));
+                self.back(back, false);
+            }
+            Cold::Mismatch { jump, back } => {
+                self.asm.land(jump);
+                self.asm.op(true, &[0x3b], RSP, native!(stack_bottom));
+                let bottom = self.asm.jump_if(cc::E);
+                self.asm.land_at(bottom, back);
+                self.asm.lea_plus(RSP, RSP, 16);
                 self.back(back, false);
             }
             Cold::Vectors { jump, back, site, recipe } => {
@@ -693,7 +704,7 @@ impl<'a> Emitter<'a> {
             }
             Cold::Cross { jump, offset } => {
                 self.asm.land(jump);
-                self.cross_link(offset);
+                self.cross_link(offset, false);
             }
         }
     }

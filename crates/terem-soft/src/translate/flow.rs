@@ -9,10 +9,10 @@ use std::mem::offset_of;
 use iced_x86::{ConditionCode, OpKind};
 
 use super::analyse::{Item, Kind};
-use super::asm::host::{SP, T0, T1, T2};
+use super::asm::host::{RSP, SP, T0, T1, T2};
 use super::asm::{Jump, Place, cc};
-use super::emit::{CannotEncode, Cold, Emitter};
-use super::stubs::{native, slot};
+use super::emit::{CannotEncode, Cold, Emitter, Flags};
+use super::stubs::{native, push, slot};
 use super::{CrossLink, JumpEntry, Native};
 use crate::cpu::Cpu;
 use crate::op::IP_REG;
@@ -49,7 +49,11 @@ impl Emitter<'_> {
             }
             Kind::Call => {
                 self.push_return(item);
-                self.link(item.insn.near_branch_target() as i64, false, true);
+                let frame = self.frame(item);
+                self.link_by(item.insn.near_branch_target() as i64, false, true, frame);
+                if frame {
+                    self.come_back();
+                }
                 Ok(())
             }
             Kind::Return => {
@@ -61,7 +65,13 @@ impl Emitter<'_> {
                 let more = if item.insn.op_count() == 1 { item.insn.immediate16() } else { 0 };
                 self.asm.lea_plus(SP, SP, 8 + i32::from(more));
                 self.slow_flow(jumps, retry, site);
-                self.indirect();
+                self.asm.op(true, &[0x3b], T0, Place::At(RSP, 8));
+                let jump = self.asm.jump_if(cc::NE);
+                self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
+                self.asm.store(slot(IP_REG), T0);
+                self.asm.code.push(0xc3);
+                self.cold.push(Cold::Mismatch { jump, back: self.asm.code.len() });
+                self.indirect(false);
                 Ok(())
             }
             _ => self.jump_to(item, item.kind == Kind::CallTo),
@@ -111,7 +121,11 @@ impl Emitter<'_> {
         } else if call {
             self.asm.load(T0, native!(target));
         }
-        self.indirect();
+        let frame = call && self.frame(item);
+        self.indirect(frame);
+        if frame {
+            self.come_back();
+        }
         Ok(())
     }
 
@@ -131,7 +145,28 @@ impl Emitter<'_> {
         self.asm.op(false, &[0xf6], 0, Place::At(T1, 0));
         self.asm.code.push(terem_memory::CODE as u8);
         let jump = self.asm.jump_if(cc::NE);
-        self.cold.push(Cold::MarkedCall { jump, site, back: self.asm.code.len() });
+        let (back, next) = (self.asm.code.len(), i32::from(item.next()));
+        self.cold.push(Cold::MarkedCall { jump, site, back, next });
+    }
+
+    /// Makes the frame of a call whose return address is in T2, unless it comes back to another page: that and, by the
+    /// host's call, where the translation goes on. So the host's processor predicts where returns go. False: no frame.
+    fn frame(&mut self, item: &Item) -> bool {
+        if item.next() >= 0x1000 {
+            return false;
+        }
+        self.asm.op(true, &[0x3b], RSP, native!(stack_limit));
+        let jump = self.asm.jump_if(cc::B);
+        self.cold.push(Cold::TooDeep { jump, back: self.asm.code.len() });
+        push(&mut self.asm, T2);
+        true
+    }
+
+    /// Where a call's return comes to.
+    fn come_back(&mut self) {
+        self.asm.lea_plus(RSP, RSP, 8);
+        self.flags = Flags { host: false, memory: true, recipe: None };
+        self.vectors = false;
     }
 
     fn jump_if(&mut self, item: &Item) {
@@ -166,15 +201,19 @@ impl Emitter<'_> {
 
     /// Goes to `offset` of the page that runs. `apart`: though it begins on this page, it must be treated as another.
     pub(super) fn link(&mut self, offset: i64, apart: bool, poll: bool) {
+        self.link_by(offset, apart, poll, false);
+    }
+
+    fn link_by(&mut self, offset: i64, apart: bool, poll: bool, call: bool) {
         if apart || !(0..0x1000).contains(&offset) {
-            self.cross_link(offset);
+            self.cross_link(offset, call);
             return;
         }
         let mut jumps = Vec::new();
         if poll {
             jumps.push(self.poll());
         }
-        let jump = self.asm.jump();
+        let jump = if call { self.asm.call() } else { self.asm.jump() };
         let link = self.new_link(jump.0, offset, None);
         jumps.push(jump);
         self.cold.push(Cold::Leave { jumps, link });
@@ -188,7 +227,7 @@ impl Emitter<'_> {
     }
 
     /// A jump to another page.
-    pub(super) fn cross_link(&mut self, offset: i64) {
+    pub(super) fn cross_link(&mut self, offset: i64, call: bool) {
         let cross = self.first_cross + self.crosses;
         self.crosses += 1;
         let data = self.cross_data + u64::from(cross) * size_of::<CrossLink>() as u64;
@@ -205,13 +244,13 @@ impl Emitter<'_> {
             self.asm.group1(true, 0, Place::Reg(T0), pages);
             self.asm.store(slot(IP_REG), T0);
         }
-        let jump = self.asm.jump();
+        let jump = if call { self.asm.call() } else { self.asm.jump() };
         let link = self.new_link(jump.0, offset, Some(cross));
         self.cold.push(Cold::Leave { jumps, link });
     }
 
-    /// Goes to the linear address in T0.
-    fn indirect(&mut self) {
+    /// Goes to the linear address in T0; `call`: by the host's call.
+    fn indirect(&mut self, call: bool) {
         const SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
         let table = offset_of!(Cpu, native) + offset_of!(Native, jumps);
         let exit = self.stubs.exit_to;
@@ -230,6 +269,7 @@ impl Emitter<'_> {
         self.asm.jump_if_to(cc::NE, exit);
         self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
         self.asm.store(slot(IP_REG), T0);
-        self.asm.op(false, &[0xff], 4, Place::StateAt(T1, table + offset_of!(JumpEntry, target)));
+        let target = Place::StateAt(T1, table + offset_of!(JumpEntry, target));
+        self.asm.op(false, &[0xff], if call { 2 } else { 4 }, target);
     }
 }

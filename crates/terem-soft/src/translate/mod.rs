@@ -51,6 +51,12 @@ pub(crate) struct Native {
     pub(crate) interpret: bool,
     /// A place for a call's target.
     pub(crate) target: u64,
+    /// Host RSP as the entry stub left it: what lies below are the frames of calls.
+    pub(crate) stack: u64,
+    /// The first of them, where nobody has called.
+    pub(crate) stack_bottom: u64,
+    /// Where there are too many.
+    pub(crate) stack_limit: u64,
     /// The link that the last translation was left by.
     pub(crate) link: u32,
     /// Targets of indirect jumps.
@@ -71,6 +77,9 @@ impl Native {
             vectors_were_loaded: false,
             interpret: false,
             target: 0,
+            stack: 0,
+            stack_bottom: 0,
+            stack_limit: 0,
             link: NO_LINK,
             jumps: [JumpEntry::NONE; JUMP_ENTRIES],
             changes: 0,

@@ -51,8 +51,6 @@ impl Stubs {
     pub(super) fn emit(memory: &mut CodeMemory) -> Self {
         let mut stubs = Self::default();
         let mut a = Asm { base: memory.next(), ..Asm::default() };
-        stubs.enter = a.here();
-        enter(&mut a);
         stubs.exit_to = a.here();
         a.store(Place::State(offset_of!(Cpu, rip)), T0);
         a.set(T1, u64::from(super::NO_LINK));
@@ -62,6 +60,8 @@ impl Stubs {
         a.copy(true, RAX, T1);
         let leave = a.code.len();
         epilogue(&mut a);
+        stubs.enter = a.here();
+        enter(&mut a, stubs.exit_to);
         let mut call = |rust: u64, vectors: bool| {
             let at = a.here();
             call_rust(&mut a, rust, vectors, leave);
@@ -79,7 +79,7 @@ impl Stubs {
 
 const SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
-fn push(a: &mut Asm, r: u8) {
+pub(super) fn push(a: &mut Asm, r: u8) {
     if r >= 8 {
         a.code.push(0x41);
     }
@@ -93,9 +93,23 @@ fn pop(a: &mut Asm, r: u8) {
     a.code.push(0x58 | r & 7);
 }
 
-fn enter(a: &mut Asm) {
+/// Bytes of frames of calls, at most.
+const FRAMES: i32 = 256 << 10;
+/// The return address of nobody; it is not canonical.
+const NOBODY: u64 = 1 << 63;
+
+/// Below what it saves, a first frame: a return from it leaves, to an address that faults.
+fn enter(a: &mut Asm, exit_to: u64) {
     SAVED.iter().for_each(|&r| push(a, r));
     a.lea_plus(RSP, RSP, -8);
+    a.store(native!(stack), RSP);
+    a.lea_plus(T1, RSP, -FRAMES);
+    a.store(native!(stack_limit), T1);
+    a.set(T1, NOBODY);
+    push(a, T1);
+    a.set(T1, exit_to);
+    push(a, T1);
+    a.store(native!(stack_bottom), RSP);
     a.copy(true, T0, RSI);
     load_registers(a);
     a.op(false, &[0xff], 4, Place::Reg(T0));
@@ -103,6 +117,7 @@ fn enter(a: &mut Asm) {
 
 /// Back to Rust, with RAX as the result.
 fn epilogue(a: &mut Asm) {
+    a.load(RSP, native!(stack));
     a.lea_plus(RSP, RSP, 8);
     SAVED.iter().rev().for_each(|&r| pop(a, r));
     a.code.push(0xc3);
@@ -152,8 +167,6 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, leave: usize) {
     a.op(false, &[0xff], 2, Place::Reg(RAX));
     a.group1(false, 7, Place::Reg(RAX), 2);
     let stay = a.jump_if(cc::NE);
-    // The return address and T0.
-    a.lea_plus(RSP, RSP, 16);
     a.set(RAX, u64::from(super::NO_LINK));
     let out = a.jump();
     a.land_at(out, leave);

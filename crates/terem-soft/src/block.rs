@@ -20,8 +20,8 @@ const BLOCK_OPS: usize = 48;
 const BLOCK_BYTES: usize = 256;
 /// The longest instruction.
 const MAX_LEN: usize = 15;
-/// Decoded instructions kept by one vCPU (about 17 MiB); more, and all are dropped.
-const MAX_OPS: usize = 400_000;
+/// Decoded instructions kept by one vCPU (about 7 MiB); more, and all are dropped.
+const MAX_OPS: usize = 150_000;
 /// Entries of the table by linear address.
 const LINEAR_ENTRIES: usize = 8192;
 

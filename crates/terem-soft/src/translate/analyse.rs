@@ -94,6 +94,11 @@ impl Item {
             || !matches!(self.kind, Kind::Nothing | Kind::Direct | Kind::Address)
     }
 
+    /// Places from which Rust may be called for it, at most.
+    pub(super) fn sites(&self) -> usize {
+        1 + usize::from(self.vector) + usize::from(self.kind == Kind::CallTo)
+    }
+
     /// Page offset of the next instruction.
     pub(super) fn next(&self) -> u16 {
         self.op.next

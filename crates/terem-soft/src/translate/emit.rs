@@ -112,10 +112,10 @@ impl<'a> Emitter<'a> {
         bytes: &'a [u8],
         start: u16,
         set: usize,
-        items: usize,
+        items: &[Item],
     ) -> Self {
         Self {
-            asm: Asm { code: Vec::with_capacity(items * 48), base: 0 },
+            asm: Asm { code: Vec::with_capacity(items.len() * 48), base: 0 },
             stubs,
             encoder,
             info: InstructionInfoFactory::new(),
@@ -124,7 +124,7 @@ impl<'a> Emitter<'a> {
             set,
             flags: Flags { host: false, memory: true, recipe: None },
             vectors: false,
-            sites: Vec::with_capacity(items * 2 + 2),
+            sites: Vec::with_capacity(items.iter().map(Item::sites).sum()),
             cold: Vec::new(),
             links: Vec::new(),
             first_link: 0,

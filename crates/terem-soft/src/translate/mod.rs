@@ -29,7 +29,7 @@ pub(crate) use flow::JUMP_ENTRIES;
 use crate::op::Op;
 
 /// Blocks are translated when they have been interpreted this often.
-pub(crate) const HOT: u32 = 12;
+pub(crate) const HOT: u32 = 24;
 /// Sites kept, at most (96 bytes each); more, and all translations are dropped.
 const MAX_SITES: usize = 400_000;
 /// No link.

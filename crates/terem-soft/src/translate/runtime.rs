@@ -238,7 +238,7 @@ impl Translator {
             return None;
         }
         let stubs = self.stubs;
-        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), items.len());
+        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), &items);
         emitter.asm.base = self.memory.next();
         emitter.first_link = self.links.len() as u32;
         emitter.first_cross = self.cross_links;

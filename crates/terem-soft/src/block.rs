@@ -26,9 +26,9 @@ const MAX_OPS: usize = 150_000;
 const LINEAR_ENTRIES: usize = 8192;
 
 /// A run of decoded instructions.
-#[derive(Debug)]
 pub(crate) struct Block {
-    pub(crate) ops: Box<[Op]>,
+    /// None once it is translated; [`Cpu::decode_again`] brings them back.
+    ops: Cell<Box<[Op]>>,
     /// Bytes.
     pub(crate) len: u16,
     /// The page(s) that it was decoded from, and their marks then.
@@ -40,6 +40,16 @@ pub(crate) struct Block {
 }
 
 impl Block {
+    /// The instructions.
+    pub(crate) fn ops(&self) -> &[Op] {
+        // SAFETY: they are replaced only by the vCPU's thread between two executions, when nobody holds what this gave.
+        unsafe { &*self.ops.as_ptr() }
+    }
+
+    fn is_translated(&self) -> bool {
+        self.code.iter().any(|c| !matches!(c.get(), 0 | u64::MAX))
+    }
+
     /// Whether it goes on to another page.
     pub(crate) fn straddles(&self) -> bool {
         self.pages[0].0 != self.pages[1].0
@@ -107,6 +117,18 @@ impl BlockCache {
         self.by_linear.fill(NO_BLOCK);
         self.by_physical.clear();
         self.ops = 0;
+    }
+
+    /// Drops the instructions of a block that has been translated.
+    pub(crate) fn translated(&mut self, block: &Block) {
+        self.ops -= block.ops.take().len();
+    }
+
+    /// Drops all blocks that have not been translated.
+    fn make_room(&mut self) {
+        self.by_linear.fill(NO_BLOCK);
+        self.by_physical.retain(|_, block| block.is_translated());
+        self.ops = self.by_physical.values().map(|b| b.ops().len()).sum();
     }
 
     /// Forgets where translations are.
@@ -192,15 +214,15 @@ impl Cpu {
         if self.ram(physical).is_none() {
             return Ok(&raw const **self.blocks.passing.insert(Box::new(block)));
         }
-        if self.blocks.ops + block.ops.len() > MAX_OPS {
-            self.blocks.clear();
+        if self.blocks.ops + block.ops().len() > MAX_OPS {
+            self.blocks.make_room();
         }
-        self.blocks.ops += block.ops.len();
+        self.blocks.ops += block.ops().len();
         let crosses = block.pages[0].0 != block.pages[1].0;
         // A block that is no longer right is replaced in its place: the table by linear address points there.
         match self.blocks.by_physical.get_mut(&key) {
             Some(old) => {
-                self.blocks.ops -= old.ops.len();
+                self.blocks.ops -= old.ops().len();
                 **old = block;
             }
             None => {
@@ -278,11 +300,23 @@ impl Cpu {
         }
         Ok(Block {
             len: offset as u16,
-            ops: ops.into_boxed_slice(),
+            ops: Cell::new(ops.into_boxed_slice()),
             pages,
             runs: Cell::new(0),
             code: [const { Cell::new(0) }; 3],
         })
+    }
+
+    /// Decodes the instructions of a block at [`Cpu::rip`] again that were dropped when it was translated.
+    ///
+    /// # Errors
+    /// What fetching from there gives.
+    pub(crate) fn decode_again(&mut self, block: &Block) -> Exec {
+        let linear = self.segment_base[terem_cpu::VcpuState::CS].wrapping_add(self.rip);
+        let new = self.decode_block(linear, block.pages[0].0 << 12 | linear & !PAGE_MASK)?;
+        self.blocks.ops += new.ops().len();
+        block.ops.set(new.ops.take());
+        Ok(())
     }
 
     /// Marks a page as holding decoded code, visibly to all vCPUs, before its bytes are read.

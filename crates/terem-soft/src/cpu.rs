@@ -223,7 +223,7 @@ impl Cpu {
             self.refresh_mode();
         }
         if changed & kept & rflags::IF != 0 {
-            self.apic.look_again();
+            self.apic.accepts_more();
         }
     }
 

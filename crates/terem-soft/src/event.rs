@@ -441,7 +441,7 @@ impl Cpu {
     fn after_return(&mut self) {
         self.nmi_masked = false;
         self.refresh_mode();
-        self.apic.look_again();
+        self.apic.accepts_more();
     }
 
     fn iret_real(&mut self, op: &Op, size: u64) -> Exec {

@@ -27,7 +27,10 @@ pub enum Access {
 pub const PAGE_MASK: u64 = !0xfff;
 
 /// Entries of each set.
-pub(crate) const ENTRIES: usize = 1024;
+pub(crate) const ENTRIES: usize = 2048;
+/// Right shift of a page number whose result is mixed into its place, so that arrays at a multiple of 8 MiB from each
+/// other do not fight for the same entries.
+pub(crate) const MIX: u32 = 11;
 /// Entries for fetches.
 const CODE_ENTRIES: usize = 256;
 /// A tag that nothing matches: generation 0xfff is never used.
@@ -91,11 +94,14 @@ mod pte {
 /// Beside translations it keeps *epochs*: numbers that change whenever a translation for fetches may have. What
 /// translated code remembers of where code lies (jumps to other pages, targets of indirect jumps) is good in one
 /// epoch. Pages that are global (PTE.G) have an epoch and, under SMAP, a generation of their own, which changes of
-/// CR3 leave alone.
+/// CR3 leave alone. Likewise there are epochs of data accesses: what an access in translated code remembers of the page
+/// that it last went to is good in one of them.
 pub(crate) struct Tlb {
     pub(crate) sets: [[Entry; ENTRIES]; 3],
     /// Generation of each set's entries.
     pub(crate) generations: [u64; 3],
+    /// Epoch of each set's data accesses.
+    pub(crate) data_epochs: [u64; 3],
     /// For the supervisor and the user.
     code: [[CodeEntry; CODE_ENTRIES]; 2],
     /// The set of the present mode.
@@ -110,16 +116,30 @@ pub(crate) struct Tlb {
     passing: Vec<u16>,
     /// The same of the supervisor's code.
     passing_code: Vec<u16>,
-    /// Generation and epoch of each process-context identifier that has one.
-    of_pcid: Vec<(u16, u64)>,
+    /// What is remembered of each process-context identifier.
+    of_pcid: Vec<Context>,
     next_generation: u16,
-    /// Epoch of the present context, and of what is global.
+    /// Epoch of the present context's code, and of what is global.
     epochs: [u64; 2],
+    /// The same for data.
+    data: [u64; 2],
     last_epoch: u64,
+    /// The kernel's set has had entries in the lower half.
+    low: bool,
     /// Which linear pages were fetched from in these epochs (a filter of hashes).
     fetched: [u64; 64],
     /// Ranges of linear addresses in the lower and the upper half that cover every large page put in.
     large: [Option<(u64, u64)>; 2],
+}
+
+/// What is remembered of a context: 0 where nothing is.
+#[derive(Debug, Clone, Copy, Default)]
+struct Context {
+    generation: u16,
+    /// Epoch of code.
+    code: u64,
+    /// Epoch of data.
+    data: u64,
 }
 
 impl Tlb {
@@ -127,6 +147,7 @@ impl Tlb {
         Self {
             sets: [[EMPTY; ENTRIES]; 3],
             generations: [1; 3],
+            data_epochs: [0; 3],
             code: [[NO_CODE; CODE_ENTRIES]; 2],
             set: 0,
             generation: 1,
@@ -134,10 +155,12 @@ impl Tlb {
             globals: false,
             passing: Vec::new(),
             passing_code: Vec::new(),
-            of_pcid: vec![(0, 0); 4096],
+            of_pcid: vec![Context::default(); 4096],
             next_generation: 2,
             epochs: [1, 2],
+            data: [0; 2],
             last_epoch: 2,
+            low: false,
             fetched: [0; 64],
             large: [None; 2],
         }
@@ -148,11 +171,18 @@ impl Tlb {
         self.set
     }
 
-    /// The place of `linear` in the present set.
+    /// Where in a set the entry of `linear` is.
+    #[inline(always)]
+    fn place(linear: u64) -> usize {
+        let page = linear >> 12;
+        (page ^ page >> MIX) as usize % ENTRIES
+    }
+
+    /// The entry of `linear` in the present set.
     #[inline(always)]
     pub(crate) fn entry(&self, linear: u64) -> Entry {
         // SAFETY: `set` is below 3 and the index is masked.
-        unsafe { *self.sets.get_unchecked(self.set).get_unchecked((linear >> 12) as usize % ENTRIES) }
+        unsafe { *self.sets.get_unchecked(self.set).get_unchecked(Self::place(linear)) }
     }
 
     /// The tag that an entry has if it is valid for the page of `linear`.
@@ -189,7 +219,7 @@ impl Tlb {
     pub(crate) fn new_epochs(&mut self) {
         self.epochs = [self.take_epoch(), self.take_epoch()];
         for of in &mut self.of_pcid {
-            of.1 = 0;
+            of.code = 0;
         }
         self.code = [[NO_CODE; CODE_ENTRIES]; 2];
         self.passing_code.clear();
@@ -205,9 +235,10 @@ impl Tlb {
     fn take_generation(&mut self) -> u16 {
         if self.next_generation > LAST_GENERATION {
             self.sets.iter_mut().flatten().for_each(|e| *e = EMPTY);
-            self.of_pcid.fill((0, 0));
+            self.of_pcid.fill(Context::default());
             self.passing.clear();
             self.new_epochs();
+            self.data = [self.take_epoch(), self.take_epoch()];
             self.next_generation = 2;
             self.of_globals = 1;
         }
@@ -218,27 +249,36 @@ impl Tlb {
     fn use_generations(&mut self) {
         let kernel = if self.globals { self.of_globals } else { self.generation };
         self.generations = [kernel, self.generation, self.generation];
+        let [context, global] = self.data;
+        self.data_epochs = [if self.globals { global } else { context }, context, context];
     }
 
     /// Forgets everything of all contexts; `globals` says whether there are global pages from now on.
     fn flush_all(&mut self, pcid: u16, globals: bool) {
         self.globals = globals;
-        self.of_pcid.fill((0, 0));
+        self.of_pcid.fill(Context::default());
         self.large = [None; 2];
         self.passing.clear();
+        self.low = false;
         self.new_epochs();
+        self.data[1] = self.take_epoch();
         self.of_globals = u64::from(self.take_generation());
         self.switch(pcid, false);
     }
 
     /// Goes to a context; `keep` says that what is remembered of it may stay.
     pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
-        let (known, epoch) = self.of_pcid[usize::from(pcid)];
-        let generation = if keep && known != 0 { known } else { self.take_generation() };
-        let epoch = if keep && epoch != 0 { epoch } else { self.take_epoch() };
-        self.of_pcid[usize::from(pcid)] = (generation, epoch);
+        let known = if keep { self.of_pcid[usize::from(pcid)] } else { Context::default() };
+        let generation = if known.generation != 0 { known.generation } else { self.take_generation() };
+        // Taking a generation may have begun new epochs: these must come after it.
+        let code = if known.code != 0 { known.code } else { self.take_epoch() };
+        let data = if known.data != 0 { known.data } else { self.take_epoch() };
+        self.of_pcid[usize::from(pcid)] = Context { generation, code, data };
         self.generation = u64::from(generation);
-        self.epochs[0] = epoch;
+        (self.epochs[0], self.data[0]) = (code, data);
+        if !self.passing.is_empty() {
+            self.data[1] = self.take_epoch();
+        }
         for i in self.passing.drain(..) {
             self.sets[KERNEL][usize::from(i)] = EMPTY;
         }
@@ -254,19 +294,25 @@ impl Tlb {
 
     /// Forgets what is remembered of a context that is not the present one.
     pub(crate) fn forget(&mut self, pcid: u16) {
-        self.of_pcid[usize::from(pcid)] = (0, 0);
+        self.of_pcid[usize::from(pcid)] = Context::default();
     }
 
-    /// Forgets the page of `linear` in all contexts. Returns false if it may be part of a large page, so
-    /// that everything must be flushed.
+    /// Forgets the page of `linear` in all contexts (what accesses remember, in the context `pcid` only, which is the
+    /// present one). Returns false if it may be part of a large page, so that everything must be flushed.
     #[must_use]
-    pub(crate) fn invalidate(&mut self, linear: u64) -> bool {
+    pub(crate) fn invalidate(&mut self, linear: u64, pcid: u16) -> bool {
         if self.large[(linear >> 63) as usize].is_some_and(|(from, to)| (from..to).contains(&linear)) {
             return false;
         }
         let page = linear & PAGE_MASK;
+        self.data[0] = self.take_epoch();
+        self.of_pcid[usize::from(pcid)].data = self.data[0];
+        if linear >> 63 != 0 || self.low {
+            self.data[1] = self.take_epoch();
+        }
+        self.use_generations();
         for set in &mut self.sets {
-            let entry = &mut set[(linear >> 12) as usize % ENTRIES];
+            let entry = &mut set[Self::place(linear)];
             if [entry.read, entry.write].iter().any(|t| t & PAGE_MASK == page) {
                 *entry = EMPTY;
             }
@@ -284,15 +330,22 @@ impl Tlb {
         if page.data {
             let tag = linear & PAGE_MASK | self.generations[set];
             let write = if page.write { tag } else { INVALID };
-            self.sets[set][index % ENTRIES] = Entry { read: tag, write, addend, mark };
+            self.sets[set][Self::place(linear)] = Entry { read: tag, write, addend, mark };
+            self.low |= set == KERNEL && linear >> 63 == 0;
             if set == KERNEL && self.globals && !page.global {
                 if self.passing.len() >= PASSING {
+                    if self.next_generation >= LAST_GENERATION {
+                        // Both of the present context's are taken anew if they begin again.
+                        self.next_generation = LAST_GENERATION + 1;
+                        self.generation = u64::from(self.take_generation());
+                    }
                     self.of_globals = u64::from(self.take_generation());
                     self.passing.clear();
+                    self.data[1] = self.take_epoch();
                     self.use_generations();
                     return; // the entry just made is of an old generation: it will be filled again
                 }
-                self.passing.push((index % ENTRIES) as u16);
+                self.passing.push(Self::place(linear) as u16);
             }
         }
         if page.fetch {
@@ -621,7 +674,8 @@ impl Cpu {
 
     /// INVLPG, or INVPCID of one address: the page of `linear` in all contexts.
     pub(crate) fn invalidate_page(&mut self, linear: u64) {
-        if !self.tlb.invalidate(linear) {
+        let pcid = self.pcid();
+        if !self.tlb.invalidate(linear, pcid) {
             self.flush_tlb();
         }
         self.refresh_jump_key();

@@ -29,16 +29,15 @@ impl Cpu {
                 Ok(block) => {
                     // SAFETY: blocks are dropped only by `find_block`, not while one runs.
                     let known = unsafe { &*block };
-                    if std::mem::take(&mut self.native.interpret) || !self.translates() {
-                        self.native.link = NO_LINK;
-                        self.execute(block)
-                    } else if let Some(code) = self.translation(known) {
+                    if !std::mem::take(&mut self.native.interpret)
+                        && self.translates()
+                        && let Some(code) = self.translation(known)
+                    {
                         self.run_translated(known, code);
                         continue;
-                    } else {
-                        self.native.link = NO_LINK;
-                        self.execute(block)
                     }
+                    self.native.link = NO_LINK;
+                    self.execute(known)
                 }
                 Err(fault) => {
                     let rip = self.rip;
@@ -59,11 +58,14 @@ impl Cpu {
 
     /// Executes a block to its end or to its first fault.
     #[inline]
-    pub(crate) fn execute(&mut self, block: *const Block) -> Result<(), Shutdown> {
-        // SAFETY: blocks are dropped only by `find_block`, not while one runs.
-        let block = unsafe { &*block };
-        let ops: &[Op] = &block.ops;
+    pub(crate) fn execute(&mut self, block: &Block) -> Result<(), Shutdown> {
         let start = self.rip;
+        if block.ops().is_empty()
+            && let Err(fault) = self.decode_again(block)
+        {
+            return self.raise(fault, start, start);
+        }
+        let ops = block.ops();
         self.gpr[usize::from(IP_REG)] = start;
         self.rip = self.wrap_rip(start.wrapping_add(u64::from(block.len)));
         let mut at = ops.as_ptr();
@@ -91,7 +93,7 @@ impl Cpu {
             self.rip = self.wrap_rip(self.next_rip(&ops[done - 1]));
         }
         if shadow && self.system_flags & rflags::IF != 0 {
-            self.apic.look_again();
+            self.apic.accepts_more();
         }
         if self.mode.single {
             self.single_stepped(&ops[done - 1])?;

@@ -45,11 +45,15 @@ impl Apic {
                 if let Some(vector) = highest(&r.r[reg::ISR..reg::ISR + 8]) {
                     r.set_bit(reg::ISR, vector, false);
                     let level = r.r[reg::TMR + usize::from(vector >> 5)] & 1 << (vector & 31) != 0;
+                    let more = r.waits();
                     drop(r);
                     if level {
                         bus.end_of_interrupt(vector);
                     }
-                    return self.look_again();
+                    if more {
+                        self.attend();
+                    }
+                    return;
                 }
             }
             reg::LDR => r.r[reg::LDR] = value & 0xff00_0000,
@@ -104,8 +108,11 @@ impl Apic {
             }
             _ => {}
         }
+        let more = r.waits();
         drop(r);
-        self.look_again();
+        if more {
+            self.attend();
+        }
     }
 
     pub(crate) fn base_msr(&self) -> u64 {
@@ -126,7 +133,7 @@ impl Apic {
         let mapped = if on && !x2 { value & base::ADDRESS } else { u64::MAX };
         self.mapped.store(mapped, Ordering::Relaxed);
         drop(r);
-        self.look_again();
+        self.attend();
         true
     }
 
@@ -194,6 +201,6 @@ impl Apic {
 
     pub(crate) fn set_cr8(&self, value: u64) {
         locked(&self.registers).r[reg::TPR] = (value as u32 & 15) << 4;
-        self.look_again();
+        self.attend();
     }
 }

@@ -77,6 +77,8 @@ pub(crate) struct Apic {
     wake: Condvar,
     /// Somebody wants something of this vCPU.
     attention: AtomicBool,
+    /// Something waits that the vCPU may not have been able to take. May say so wrongly, but never the other way round.
+    pending: AtomicBool,
     /// Physical base if memory-mapped and enabled, else all ones: read on each MMIO access.
     mapped: std::sync::atomic::AtomicU64,
     timer: OnceLock<Timer>,
@@ -126,6 +128,7 @@ impl Apic {
             registers: Mutex::new(registers),
             wake: Condvar::new(),
             attention: AtomicBool::new(true),
+            pending: AtomicBool::new(true),
             mapped: std::sync::atomic::AtomicU64::new(power_on.base & base::ADDRESS),
             timer: OnceLock::new(),
             system: OnceLock::new(),
@@ -174,6 +177,7 @@ impl Apic {
 
     /// Asks the vCPU to look at what is pending.
     pub(crate) fn attend(&self) {
+        self.pending.store(true, Ordering::SeqCst);
         self.attention.store(true, Ordering::SeqCst);
         // The lock orders this against a vCPU that has just looked and is about to sleep.
         drop(locked(&self.registers));
@@ -186,9 +190,19 @@ impl Apic {
         self.attention.store(true, Ordering::Release);
     }
 
-    /// The word that says so, for code that looks at it itself; it lives as long as the APIC.
-    pub(crate) fn attention(&self) -> *const AtomicBool {
-        &raw const self.attention
+    /// To be called by the vCPU's thread when it can take more than before (IF was set, an NMI handler returned): asks
+    /// for attention if something waits.
+    #[inline]
+    pub(crate) fn accepts_more(&self) {
+        if self.pending.load(Ordering::Acquire) {
+            self.look_again();
+        }
+    }
+
+    /// The words of [`Self::look_again`] and [`Self::accepts_more`], for code that looks at them itself; they live as
+    /// long as the APIC.
+    pub(crate) fn words(&self) -> [*const AtomicBool; 2] {
+        [&raw const self.attention, &raw const self.pending]
     }
 
     #[inline(always)]
@@ -206,6 +220,7 @@ impl Apic {
         self.attention.store(false, Ordering::SeqCst);
         let mut r = locked(&self.registers);
         let found = Self::take(&mut r, accepts);
+        self.pending.store(found != Next::Nothing || r.waits(), Ordering::Release);
         if found != Next::Nothing {
             self.look_again();
         }

@@ -37,6 +37,11 @@ impl Registers {
         (self.enabled() && u32::from(vector >> 4) > self.ppr() >> 4).then_some(vector)
     }
 
+    /// Whether an interrupt or NMI waits, for a vCPU that takes them.
+    pub(super) fn waits(&self) -> bool {
+        self.nmi || self.external() || self.deliverable().is_some()
+    }
+
     pub(super) fn request(&mut self, vector: u8, level: bool) {
         if vector >= 16 && self.enabled() {
             self.set_bit(reg::IRR, vector, true);

@@ -66,7 +66,10 @@ fn random_instructions_do_as_on_the_host() {
             let ours: Outcome = guest.run(case);
             let mut differences = compare::differences(case, host, &ours, strict);
             let mut name = compare::name(case);
-            if differences.is_empty() && !compare::reads_undefined(case) {
+            if compare::reads_undefined(case) {
+                continue;
+            }
+            if differences.is_empty() {
                 differences = compare::differences(case, host, &guest.run_translated(case), strict);
                 name += " (translated)";
             }

@@ -313,7 +313,12 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Exec {
     let pcid = low as u16;
     match cpu.gpr[usize::from(op.reg)] {
         0 if (linear as i64) << 16 >> 16 != linear as i64 => return Err(Fault::GP0),
-        0 => cpu.invalidate_page(linear),
+        0 => {
+            cpu.invalidate_page(linear);
+            if pcid != cpu.pcid() {
+                cpu.tlb.forget(pcid);
+            }
+        }
         1 if pcid == cpu.pcid() => cpu.switch_context(false),
         1 => cpu.tlb.forget(pcid),
         2 | 3 => cpu.flush_tlb(),
@@ -350,7 +355,7 @@ fn sti(cpu: &mut Cpu, _: &Op) -> Exec {
     if cpu.system_flags & rflags::IF == 0 {
         cpu.system_flags |= rflags::IF;
         cpu.interrupt_shadow = true;
-        cpu.apic.look_again();
+        cpu.apic.accepts_more();
     }
     Ok(())
 }

@@ -201,7 +201,7 @@ fn sysret(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.system_flags |= rflags::IF;
     }
     cpu.refresh_mode();
-    cpu.apic.look_again();
+    cpu.apic.accepts_more();
     Ok(())
 }
 

@@ -94,9 +94,13 @@ impl Item {
             || !matches!(self.kind, Kind::Nothing | Kind::Direct | Kind::Address)
     }
 
-    /// Places from which Rust may be called for it, at most.
-    pub(super) fn sites(&self) -> usize {
-        1 + usize::from(self.vector) + usize::from(self.kind == Kind::CallTo)
+    /// Whether it accesses memory, as far as its translation does that itself.
+    pub(super) fn accesses(&self) -> bool {
+        let pushes = matches!(
+            self.kind,
+            Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallTo | Kind::JumpTo | Kind::Return
+        );
+        self.memory.is_some() || pushes
     }
 
     /// Page offset of the next instruction.

@@ -5,6 +5,7 @@ use crate::cpu::Cpu;
 /// Host registers, by number.
 pub(super) mod host {
     pub(in super::super) const RAX: u8 = 0;
+    pub(in super::super) const RCX: u8 = 1;
     pub(in super::super) const RDX: u8 = 2;
     pub(in super::super) const RSP: u8 = 4;
     pub(in super::super) const RSI: u8 = 6;
@@ -28,6 +29,7 @@ pub(super) mod cc {
     pub(in super::super) const E: u8 = 4;
     pub(in super::super) const NE: u8 = 5;
     pub(in super::super) const BE: u8 = 6;
+    pub(in super::super) const A: u8 = 7;
 }
 
 /// A register or a place in memory.
@@ -268,10 +270,20 @@ impl Asm {
         self.distance(address);
     }
 
+    /// `opcode reg, [address]` with 64 bits; the address lies within 2 GiB, and no immediate follows.
+    pub(super) fn op_rip(&mut self, opcode: u8, reg: u8, address: u64) {
+        self.bytes(&[0x48 | (reg >> 3) << 2, opcode, (reg & 7) << 3 | 5]);
+        self.distance(address);
+    }
+
     /// `cmp reg, [address]`, which lies within 2 GiB.
     pub(super) fn compare_rip(&mut self, reg: u8, address: u64) {
-        self.bytes(&[0x48 | (reg >> 3) << 2, 0x3b, (reg & 7) << 3 | 5]);
-        self.distance(address);
+        self.op_rip(0x3b, reg, address);
+    }
+
+    /// `lea reg, [address]`, which lies within 2 GiB.
+    pub(super) fn lea_rip(&mut self, reg: u8, address: u64) {
+        self.op_rip(0x8d, reg, address);
     }
 
     fn distance(&mut self, address: u64) {

@@ -8,8 +8,11 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// Bytes of code that one vCPU keeps.
 pub(super) const CODE_SIZE: usize = 32 << 20;
-/// Bytes of data beside it, which code reaches relative to RIP.
-pub(super) const DATA_SIZE: usize = 4 << 20;
+/// Bytes of links to other pages beside it, which code reaches relative to RIP.
+pub(super) const LINKS_SIZE: usize = 4 << 20;
+/// Bytes of what accesses remember, after the links; likewise.
+pub(super) const SITES_SIZE: usize = 28 << 20;
+const DATA_SIZE: usize = LINKS_SIZE + SITES_SIZE;
 
 /// The code of one vCPU. Pages are taken from the host when they are first written.
 #[derive(Debug)]
@@ -19,6 +22,8 @@ pub(super) struct CodeMemory {
     /// Where it is written.
     write: NonNull<u8>,
     used: usize,
+    /// Bytes of sites used.
+    sites: usize,
 }
 
 // SAFETY: the mappings belong to this value alone.
@@ -45,7 +50,7 @@ impl CodeMemory {
             let (Some(run), Some(write)) = (NonNull::new(run), NonNull::new(write)) else {
                 return Err(io::ErrorKind::OutOfMemory.into());
             };
-            Ok(Self { run, write, used: 0 })
+            Ok(Self { run, write, used: 0, sites: Self::FIRST_SITE })
         }
     }
 
@@ -54,10 +59,36 @@ impl CodeMemory {
         self.run.as_ptr() as u64 + self.used as u64
     }
 
-    /// The first byte of the data.
-    pub(super) fn data(&self) -> *mut u8 {
+    /// The first byte of the links.
+    pub(super) fn links(&self) -> *mut u8 {
         // SAFETY: the mapping has data behind the code.
         unsafe { self.run.as_ptr().add(CODE_SIZE) }
+    }
+
+    /// The sites begin with a page that holds nothing: [`Self::nothing`].
+    const FIRST_SITE: usize = 0x1000;
+
+    /// The host address of a page that means nothing, may be written, and is nobody's.
+    pub(super) fn nothing(&self) -> u64 {
+        self.run.as_ptr() as u64 + (CODE_SIZE + LINKS_SIZE) as u64
+    }
+
+    /// Where the next data about sites will lie, aligned to 8.
+    pub(super) fn next_sites(&self) -> *mut u8 {
+        // SAFETY: `sites` is at most the size of what follows the links.
+        unsafe { self.run.as_ptr().add(CODE_SIZE + LINKS_SIZE + self.sites) }
+    }
+
+    /// Takes `bytes` (a multiple of 8) at [`Self::next_sites`]; false if there is no room.
+    pub(super) fn take_sites(&mut self, bytes: usize) -> bool {
+        let fits = self.sites + bytes <= SITES_SIZE;
+        self.sites += if fits { bytes } else { 0 };
+        fits
+    }
+
+    /// Bytes of sites used.
+    pub(super) fn sites_used(&self) -> usize {
+        self.sites
     }
 
     /// Bytes used.
@@ -88,9 +119,10 @@ impl CodeMemory {
         unsafe { self.write.as_ptr().add(offset).cast::<i32>().write_unaligned(distance) };
     }
 
-    /// Forgets all code after the first `keep` bytes.
+    /// Forgets all code after the first `keep` bytes, and all sites.
     pub(super) fn truncate(&mut self, keep: usize) {
         self.used = keep;
+        self.sites = Self::FIRST_SITE;
     }
 }
 

@@ -1,17 +1,18 @@
 //! One translation: guest instructions in host registers, memory accesses through the TLB, and the flags.
 
 use std::mem::offset_of;
+use std::sync::atomic::AtomicU32;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::Site;
-use super::analyse::{Item, Kind};
+use super::analyse::{Item, Kind, Memory};
+use super::{Header, NO_PAGE, Site};
 use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
 use super::flow::NewLink;
 use super::stubs::{Stubs, native, slot};
 use crate::cpu::Cpu;
-use crate::mmu::{ENTRIES, Entry, Tlb};
+use crate::mmu::Tlb;
 use crate::op::IP_REG;
 
 /// Where the guest's arithmetic flags are. What is said here is true of all of them at once.
@@ -36,15 +37,13 @@ pub(super) struct Recipe {
 /// Code out of the way: what happens rarely.
 #[derive(Debug)]
 pub(super) enum Cold {
-    /// A memory access or a division that has to be done by Rust; back to `retry`, or to `next` when it is done.
-    Slow {
-        jumps: Vec<Jump>,
-        retry: Option<usize>,
-        next: usize,
-        site: u64,
-        recipe: Option<Recipe>,
-        restore: bool,
-    },
+    /// A memory access to another page than the last one. `done`: where to go on when Rust has done the instruction, and
+    /// whether the host has the flags there; `None` if it never does.
+    Miss { miss: Miss, site: u64, recipe: Option<Recipe>, done: Option<(usize, bool)> },
+    /// A division that faults or may do so.
+    Divide { jumps: [Option<Jump>; 2], site: u64, recipe: Option<Recipe>, next: usize, restore: bool },
+    /// The sites belong to another epoch.
+    Stale { jump: Jump, back: usize },
     /// A store has hit a page with code.
     Marked { jump: Jump, site: u64, recipe: Option<Recipe> },
     /// A call's push has.
@@ -59,6 +58,15 @@ pub(super) enum Cold {
     Leave { jumps: Vec<Jump>, link: u32 },
     /// A conditional jump to another page.
     Cross { jump: Jump, offset: i64 },
+}
+
+/// The jumps that are taken where an access is not to the page remembered; `back` is where to go on with the host
+/// address in T0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Miss {
+    jumps: [Option<Jump>; 2],
+    back: usize,
+    write: bool,
 }
 
 /// What can go wrong while emitting; the instruction is left to its handler then.
@@ -78,6 +86,10 @@ pub(super) struct Emitter<'a> {
     pub(super) flags: Flags,
     pub(super) vectors: bool,
     pub(super) sites: Vec<Site>,
+    /// Where the header of the sites will lie.
+    pub(super) data: u64,
+    /// A page of the host's that means nothing, and the mark of one of the guest's.
+    nothing: (u64, *const AtomicU32),
     pub(super) cold: Vec<Cold>,
     pub(super) links: Vec<NewLink>,
     /// Number of the first link.
@@ -112,10 +124,10 @@ impl<'a> Emitter<'a> {
         bytes: &'a [u8],
         start: u16,
         set: usize,
-        items: &[Item],
+        nothing: (u64, *const AtomicU32),
     ) -> Self {
         Self {
-            asm: Asm { code: Vec::with_capacity(items.len() * 48), base: 0 },
+            asm: Asm { code: Vec::with_capacity(1024), base: 0 },
             stubs,
             encoder,
             info: InstructionInfoFactory::new(),
@@ -124,7 +136,9 @@ impl<'a> Emitter<'a> {
             set,
             flags: Flags { host: false, memory: true, recipe: None },
             vectors: false,
-            sites: Vec::with_capacity(items.iter().map(Item::sites).sum()),
+            sites: Vec::with_capacity(32),
+            data: 0,
+            nothing,
             cold: Vec::new(),
             links: Vec::new(),
             first_link: 0,
@@ -136,6 +150,9 @@ impl<'a> Emitter<'a> {
 
     /// Emits all of it. `cut`: the next instruction lies on two pages.
     pub(super) fn run(&mut self, items: &[Item], cut: bool) {
+        if items.iter().any(Item::accesses) {
+            self.look_at_epoch();
+        }
         for item in items {
             self.item(item);
         }
@@ -178,18 +195,31 @@ impl<'a> Emitter<'a> {
         }
     }
 
+    /// Sees to it that what the sites remember is of the present epoch. T1 and flags are lost.
+    fn look_at_epoch(&mut self) {
+        let epoch = offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + self.set * 8;
+        self.asm.load(T1, Place::State(epoch));
+        self.asm.compare_rip(T1, self.data + offset_of!(Header, epoch) as u64);
+        let jump = self.asm.jump_if(cc::NE);
+        self.cold.push(Cold::Stale { jump, back: self.asm.code.len() });
+    }
+
     /// A site for `item`; its address.
     pub(super) fn site(&mut self, item: &Item, flow: bool) -> u64 {
-        debug_assert!(self.sites.len() < self.sites.capacity());
         let m = item.memory;
+        let size = m.map_or(8, |m| m.size);
         self.sites.push(Site {
+            page: NO_PAGE,
+            host: self.nothing.0,
+            mark: self.nothing.1,
             op: item.op,
-            size: m.map_or(8, |m| m.size),
+            limit: 0x1000 - u32::from(size),
+            mask: m.filter(|m| m.aligned).map_or(0, |m| u32::from(m.size) - 1),
+            size,
             write: m.is_some_and(|m| m.write),
-            aligned: m.is_some_and(|m| m.aligned),
             flow,
         });
-        &raw const self.sites[self.sites.len() - 1] as u64
+        self.data + (size_of::<Header>() + (self.sites.len() - 1) * size_of::<Site>()) as u64
     }
 
     /// A site for an access to the stack.
@@ -197,7 +227,7 @@ impl<'a> Emitter<'a> {
         let flow = !matches!(item.kind, Kind::Push | Kind::Pop | Kind::Leave);
         let at = self.site(item, flow);
         if let Some(site) = self.sites.last_mut() {
-            (site.size, site.write, site.aligned) = (8, write, false);
+            (site.size, site.limit, site.write, site.mask) = (8, 0xff8, write, 0);
         }
         at
     }
@@ -205,7 +235,7 @@ impl<'a> Emitter<'a> {
     fn handler(&mut self, item: &Item, ends: bool) {
         self.flags_to_memory();
         let site = self.site(item, ends);
-        self.asm.set(T1, site);
+        self.asm.lea_rip(T1, site);
         self.asm.call_to(self.stubs.handler);
         self.flags = Flags { host: false, memory: true, recipe: None };
     }
@@ -402,23 +432,19 @@ impl<'a> Emitter<'a> {
         let site = self.site(item, false);
         let recipe = self.protect();
         self.address(&item.insn, T0);
-        let (mut jumps, retry) = self.check(memory.size, memory.write);
-        if memory.aligned {
-            self.asm.bytes(&[0x41, 0xf6, 0xc3, memory.size - 1]); // test r11b, size - 1
-            jumps.push(self.asm.jump_if(cc::NE));
-        }
+        let miss = self.check(site, memory);
         self.prepare(item);
-        self.encode(item, if memory.write { &[T2] } else { &[T2, T1] })?;
+        self.encode(item, &[T2, T1])?;
         self.after(item, None);
         if memory.write {
             self.look_at_mark(item.observed_after, site);
         }
-        let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        let done = Some((self.asm.code.len(), self.flags.host));
+        self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
     }
 
-    /// After a store: does the page hold code? T1 is where its mark is.
+    /// After a store: does the page hold code? T1 is lost.
     pub(super) fn look_at_mark(&mut self, observed: bool, site: u64) {
         let recipe = if observed {
             self.protect()
@@ -426,10 +452,16 @@ impl<'a> Emitter<'a> {
             self.flags.host = false;
             None
         };
+        let jump = self.is_marked(site);
+        self.cold.push(Cold::Marked { jump, site, recipe });
+    }
+
+    /// Jumps if the page that a store at `site` went to holds code. T1 is where its mark is; flags are lost.
+    pub(super) fn is_marked(&mut self, site: u64) -> Jump {
+        self.asm.op_rip(0x8b, T1, site + offset_of!(Site, mark) as u64);
         self.asm.op(false, &[0xf6], 0, Place::At(T1, 0)); // test byte [t1], CODE
         self.asm.code.push(terem_memory::CODE as u8);
-        let jump = self.asm.jump_if(cc::NE);
-        self.cold.push(Cold::Marked { jump, site, recipe });
+        self.asm.jump_if(cc::NE)
     }
 
     fn load_vectors(&mut self, item: &Item) {
@@ -487,28 +519,24 @@ impl<'a> Emitter<'a> {
         self.asm.op(true, &[0x03], to, Place::State(offset_of!(Cpu, segment_base) + segment * 8));
     }
 
-    /// Turns the linear address in T0 into the host's; for stores, T1 then has the place of the page's mark. T2 and
-    /// the host's flags are lost. Gives the jump that is taken where the TLB does not have it, and where to try again.
-    pub(super) fn check(&mut self, size: u8, write: bool) -> (Vec<Jump>, usize) {
+    /// Turns the linear address in T0 into the host's, if it is on the page that the site went to last. The host's flags
+    /// are lost.
+    pub(super) fn check(&mut self, site: u64, memory: Memory) -> Miss {
         let a = &mut self.asm;
-        let entry = offset_of!(Cpu, tlb) + offset_of!(Tlb, sets) + self.set * size_of::<[Entry; ENTRIES]>();
-        let generation = offset_of!(Cpu, tlb) + offset_of!(Tlb, generations) + self.set * 8;
-        const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
-        let retry = a.code.len();
-        a.copy(false, T1, T0);
-        a.shift_right(false, T1, 12 - SHIFT as u8);
-        a.group1(false, 4, Place::Reg(T1), ((ENTRIES - 1) << SHIFT) as i32);
-        a.lea_plus(T2, T0, i32::from(size) - 1);
-        a.group1(true, 4, Place::Reg(T2), -0x1000);
-        a.op(true, &[0x0b], T2, Place::State(generation));
-        let tag = if write { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
-        a.op(true, &[0x3b], T2, Place::StateAt(T1, entry + tag));
-        let jump = a.jump_if(cc::NE);
-        a.op(true, &[0x03], T0, Place::StateAt(T1, entry + offset_of!(Entry, addend)));
-        if write {
-            a.load(T1, Place::StateAt(T1, entry + offset_of!(Entry, mark)));
+        a.op_rip(0x2b, T0, site + offset_of!(Site, page) as u64); // sub
+        a.group1(true, 7, Place::Reg(T0), 0x1000 - i32::from(memory.size)); // cmp
+        let mut jumps = [Some(a.jump_if(cc::A)), None];
+        if memory.aligned {
+            a.bytes(&[0x41, 0xf6, 0xc3, memory.size - 1]); // test r11b, size - 1
+            jumps[1] = Some(a.jump_if(cc::NE));
         }
-        (vec![jump], retry)
+        a.op_rip(0x03, T0, site + offset_of!(Site, host) as u64); // add
+        Miss { jumps, back: a.code.len(), write: memory.write }
+    }
+
+    /// [`Self::check`] for an access to the stack.
+    pub(super) fn check_stack(&mut self, site: u64, write: bool) -> Miss {
+        self.check(site, Memory { size: 8, write, aligned: false })
     }
 
     fn address_of(&mut self, item: &Item) -> Result<(), CannotEncode> {
@@ -536,7 +564,7 @@ impl<'a> Emitter<'a> {
         let site = self.stack_site(item, true);
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, -8);
-        let (jumps, retry) = self.check(8, true);
+        let miss = self.check_stack(site, true);
         self.prepare(item);
         let insn = &item.insn;
         if insn.op0_kind() == OpKind::Register {
@@ -550,8 +578,8 @@ impl<'a> Emitter<'a> {
         self.asm.lea_plus(SP, SP, -8);
         self.after(item, None);
         self.look_at_mark(item.observed_after, site);
-        let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        let done = Some((self.asm.code.len(), self.flags.host));
+        self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
     }
 
@@ -559,7 +587,7 @@ impl<'a> Emitter<'a> {
         let site = self.stack_site(item, false);
         let recipe = self.protect();
         self.asm.copy(true, T0, SP);
-        let (jumps, retry) = self.check(8, false);
+        let miss = self.check_stack(site, false);
         self.prepare(item);
         let to = item.insn.op0_register();
         let n = to.number() as u8;
@@ -574,8 +602,8 @@ impl<'a> Emitter<'a> {
             }
         }
         self.after(item, None);
-        let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        let done = Some((self.asm.code.len(), self.flags.host));
+        self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
     }
 
@@ -584,14 +612,14 @@ impl<'a> Emitter<'a> {
         let site = self.stack_site(item, false);
         let recipe = self.protect();
         self.asm.copy(true, T0, RBP);
-        let (jumps, retry) = self.check(8, false);
+        let miss = self.check_stack(site, false);
         self.prepare(item);
         self.asm.load(T0, Place::At(T0, 0));
         self.asm.lea_plus(SP, RBP, 8);
         self.asm.copy(true, RBP, T0);
         self.after(item, None);
-        let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Slow { jumps, retry: Some(retry), next, site, recipe, restore });
+        let done = Some((self.asm.code.len(), self.flags.host));
+        self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
     }
 
@@ -602,24 +630,24 @@ impl<'a> Emitter<'a> {
         let register = item.insn.op0_register();
         let wide = register.size() == 8;
         let divisor = self.part(register, T1).ok_or(CannotEncode)?;
-        let mut jumps = Vec::new();
+        let mut jumps = [None; 2];
         if signed {
             self.asm.copy(wide, T2, RAX);
             self.asm.op(wide, &[0xc1], 7, Place::Reg(T2)); // sar
             self.asm.code.push(if wide { 63 } else { 31 });
             self.asm.op(wide, &[0x3b], T2, Place::Reg(RDX));
-            jumps.push(self.asm.jump_if(cc::NE));
+            jumps[0] = Some(self.asm.jump_if(cc::NE));
             self.asm.lea(wide, T2, Address { base: Some(divisor), index: None, disp: 1 });
             self.asm.group1(wide, 7, Place::Reg(T2), 1);
-            jumps.push(self.asm.jump_if(cc::BE));
+            jumps[1] = Some(self.asm.jump_if(cc::BE));
         } else {
             self.asm.op(wide, &[0x3b], RDX, Place::Reg(divisor));
-            jumps.push(self.asm.jump_if(cc::AE));
+            jumps[0] = Some(self.asm.jump_if(cc::AE));
         }
         self.asm.op(wide, &[0xf7], if signed { 7 } else { 6 }, Place::Reg(divisor));
         self.after(item, None);
         let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Slow { jumps, retry: None, next, site, recipe, restore });
+        self.cold.push(Cold::Divide { jumps, site, recipe, next, restore });
         Ok(())
     }
 
@@ -644,30 +672,39 @@ impl<'a> Emitter<'a> {
 
     fn emit_one(&mut self, cold: Cold) {
         match cold {
-            Cold::Slow { jumps, retry, next, site, recipe, restore } => {
-                jumps.into_iter().for_each(|j| self.asm.land(j));
+            Cold::Miss { miss, site, recipe, done } => {
+                miss.jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
                 self.flags_of(recipe);
-                self.asm.set(T1, site);
-                let Some(retry) = retry else {
-                    self.asm.call_to(self.stubs.handler);
+                self.asm.lea_rip(T1, site);
+                self.asm.call_to(self.stubs.fill[self.set][usize::from(miss.write)]);
+                let back = self.asm.jump();
+                self.asm.land_at(back, miss.back);
+                if let Some((next, restore)) = done {
                     self.back(next, restore);
-                    return;
-                };
-                self.asm.call_to(self.stubs.slow);
-                self.asm.op(false, &[0x85], T1, Place::Reg(T1)); // test
-                let again = self.asm.jump_if(cc::E);
-                self.asm.land_at(again, retry);
+                }
+            }
+            Cold::Divide { jumps, site, recipe, next, restore } => {
+                jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
+                self.flags_of(recipe);
+                self.asm.lea_rip(T1, site);
+                self.asm.call_to(self.stubs.handler);
                 self.back(next, restore);
+            }
+            Cold::Stale { jump, back } => {
+                self.asm.land(jump);
+                self.asm.lea_rip(T1, self.data);
+                self.asm.call_to(self.stubs.forget[self.set]);
+                self.back(back, false);
             }
             Cold::Marked { jump, site, recipe } => {
                 self.asm.land(jump);
                 self.flags_of(recipe);
-                self.asm.set(T0, site);
+                self.asm.lea_rip(T0, site);
                 self.asm.call_to(self.stubs.marked);
             }
             Cold::MarkedCall { jump, site, back, next } => {
                 self.asm.land(jump);
-                self.asm.set(T0, site);
+                self.asm.lea_rip(T0, site);
                 self.asm.call_to(self.stubs.marked);
                 self.asm.load(T2, slot(IP_REG));
                 self.asm.lea_plus(T2, T2, next);
@@ -689,7 +726,7 @@ impl<'a> Emitter<'a> {
             Cold::Vectors { jump, back, site, recipe } => {
                 self.asm.land(jump);
                 self.flags_of(recipe);
-                self.asm.set(T1, site);
+                self.asm.lea_rip(T1, site);
                 self.asm.call_to(self.stubs.vectors);
                 let jump = self.asm.jump();
                 self.asm.land_at(jump, back);

@@ -10,8 +10,8 @@ use iced_x86::{ConditionCode, OpKind};
 
 use super::analyse::{Item, Kind};
 use super::asm::host::{RSP, SP, T0, T1, T2};
-use super::asm::{Jump, Place, cc};
-use super::emit::{CannotEncode, Cold, Emitter, Flags};
+use super::asm::{Asm, Jump, Place, cc};
+use super::emit::{CannotEncode, Cold, Emitter, Flags, Miss};
 use super::stubs::{native, push, slot};
 use super::{CrossLink, JumpEntry, Native};
 use crate::cpu::Cpu;
@@ -60,11 +60,11 @@ impl Emitter<'_> {
                 self.flags_to_memory();
                 let site = self.stack_site(item, false);
                 self.asm.copy(true, T0, SP);
-                let (jumps, retry) = self.check(8, false);
+                let miss = self.check_stack(site, false);
                 self.asm.load(T0, Place::At(T0, 0));
                 let more = if item.insn.op_count() == 1 { item.insn.immediate16() } else { 0 };
                 self.asm.lea_plus(SP, SP, 8 + i32::from(more));
-                self.slow_flow(jumps, retry, site);
+                self.miss_flow(miss, site);
                 self.asm.op(true, &[0x3b], T0, Place::At(RSP, 8));
                 let jump = self.asm.jump_if(cc::NE);
                 self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
@@ -78,16 +78,8 @@ impl Emitter<'_> {
         }
     }
 
-    fn slow_flow(&mut self, jumps: Vec<Jump>, retry: usize, site: u64) {
-        // Such a site never comes back "done".
-        self.cold.push(Cold::Slow {
-            jumps,
-            retry: Some(retry),
-            next: retry,
-            site,
-            recipe: None,
-            restore: false,
-        });
+    fn miss_flow(&mut self, miss: Miss, site: u64) {
+        self.cold.push(Cold::Miss { miss, site, recipe: None, done: None });
     }
 
     /// An indirect jump or call.
@@ -102,9 +94,9 @@ impl Emitter<'_> {
             }
             let site = self.stack_site(item, false);
             self.address(insn, T0);
-            let (jumps, retry) = self.check(8, false);
+            let miss = self.check_stack(site, false);
             self.asm.load(T0, Place::At(T0, 0));
-            self.slow_flow(jumps, retry, site);
+            self.miss_flow(miss, site);
             if call {
                 self.asm.store(native!(target), T0);
             }
@@ -135,16 +127,14 @@ impl Emitter<'_> {
         self.flags.host = false;
         let site = self.stack_site(item, true);
         self.asm.lea_plus(T0, SP, -8);
-        let (jumps, retry) = self.check(8, true);
+        let miss = self.check_stack(site, true);
         self.asm.load(T2, slot(IP_REG));
         self.asm.lea_plus(T2, T2, i32::from(item.next()));
         self.asm.store(Place::At(T0, 0), T2);
         self.asm.lea_plus(SP, SP, -8);
-        self.slow_flow(jumps, retry, site);
+        self.miss_flow(miss, site);
         // If that was a page with code, attention is called for, and the jump that follows looks for that.
-        self.asm.op(false, &[0xf6], 0, Place::At(T1, 0));
-        self.asm.code.push(terem_memory::CODE as u8);
-        let jump = self.asm.jump_if(cc::NE);
+        let jump = self.is_marked(site);
         let (back, next) = (self.asm.code.len(), i32::from(item.next()));
         self.cold.push(Cold::MarkedCall { jump, site, back, next });
     }
@@ -251,25 +241,30 @@ impl Emitter<'_> {
 
     /// Goes to the linear address in T0; `call`: by the host's call.
     fn indirect(&mut self, call: bool) {
-        const SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
-        let table = offset_of!(Cpu, native) + offset_of!(Native, jumps);
-        let exit = self.stubs.exit_to;
-        self.asm.load(T1, native!(attention));
-        self.asm.compare_byte(Place::At(T1, 0), 0);
-        self.asm.jump_if_to(cc::NE, exit);
-        self.asm.copy(false, T1, T0);
-        self.asm.shift_right(false, T1, 4);
-        self.asm.op(false, &[0x33], T1, Place::Reg(T0));
-        self.asm.group1(false, 4, Place::Reg(T1), JUMP_ENTRIES as i32 - 1);
-        self.asm.shift_left(false, T1, SHIFT as u8);
-        self.asm.load(T2, native!(jump_key));
-        self.asm.op(true, &[0x3b], T0, Place::StateAt(T1, table + offset_of!(JumpEntry, linear)));
-        self.asm.jump_if_to(cc::NE, exit);
-        self.asm.op(true, &[0x3b], T2, Place::StateAt(T1, table + offset_of!(JumpEntry, key)));
-        self.asm.jump_if_to(cc::NE, exit);
-        self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
-        self.asm.store(slot(IP_REG), T0);
-        let target = Place::StateAt(T1, table + offset_of!(JumpEntry, target));
-        self.asm.op(false, &[0xff], if call { 2 } else { 4 }, target);
+        look_up(&mut self.asm, self.stubs.exit_to, call);
     }
+}
+
+/// Goes to the translation at the linear address in T0, by a call or a jump; to `exit_to` where none is known, or
+/// somebody wants something of the vCPU.
+pub(super) fn look_up(asm: &mut Asm, exit_to: u64, call: bool) {
+    const SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
+    let table = offset_of!(Cpu, native) + offset_of!(Native, jumps);
+    asm.load(T1, native!(attention));
+    asm.compare_byte(Place::At(T1, 0), 0);
+    asm.jump_if_to(cc::NE, exit_to);
+    asm.copy(false, T1, T0);
+    asm.shift_right(false, T1, 4);
+    asm.op(false, &[0x33], T1, Place::Reg(T0));
+    asm.group1(false, 4, Place::Reg(T1), JUMP_ENTRIES as i32 - 1);
+    asm.shift_left(false, T1, SHIFT as u8);
+    asm.load(T2, native!(jump_key));
+    asm.op(true, &[0x3b], T0, Place::StateAt(T1, table + offset_of!(JumpEntry, linear)));
+    asm.jump_if_to(cc::NE, exit_to);
+    asm.op(true, &[0x3b], T2, Place::StateAt(T1, table + offset_of!(JumpEntry, key)));
+    asm.jump_if_to(cc::NE, exit_to);
+    asm.group1(true, 4, Place::Reg(T0), -0x1000);
+    asm.store(slot(IP_REG), T0);
+    let target = Place::StateAt(T1, table + offset_of!(JumpEntry, target));
+    asm.op(false, &[0xff], if call { 2 } else { 4 }, target);
 }

@@ -19,7 +19,7 @@ mod flow;
 mod runtime;
 mod stubs;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use cache::CodeMemory;
 use stubs::Stubs;
@@ -30,8 +30,6 @@ use crate::op::Op;
 
 /// Blocks are translated when they have been interpreted this often.
 pub(crate) const HOT: u32 = 24;
-/// Sites kept, at most (96 bytes each); more, and all translations are dropped.
-const MAX_SITES: usize = 400_000;
 /// No link.
 pub(crate) const NO_LINK: u32 = 0;
 
@@ -41,6 +39,8 @@ pub(crate) struct Native {
     pub(crate) cpu: *mut crate::cpu::Cpu,
     /// Whether somebody wants something of the vCPU ([`crate::apic::Apic`]).
     pub(crate) attention: *const AtomicBool,
+    /// Whether an interrupt may be waiting.
+    pub(crate) pending: *const AtomicBool,
     /// Epoch and mode: what jumps are remembered under.
     pub(crate) jump_key: u64,
     /// Guest XMM registers are in the host's.
@@ -67,11 +67,12 @@ pub(crate) struct Native {
 }
 
 impl Native {
-    /// For a vCPU whose attention word is at `attention`; `translate`: with a translator.
-    pub(crate) fn new(attention: *const AtomicBool, translate: bool) -> Self {
+    /// For a vCPU with these words ([`crate::apic::Apic::words`]); `translate`: with a translator.
+    pub(crate) fn new([attention, pending]: [*const AtomicBool; 2], translate: bool) -> Self {
         Self {
             cpu: std::ptr::null_mut(),
             attention,
+            pending,
             jump_key: 0,
             vectors_loaded: false,
             vectors_were_loaded: false,
@@ -102,15 +103,40 @@ impl JumpEntry {
     pub(crate) const NONE: Self = Self { linear: 0, key: 0, target: 0, _pad: 0 };
 }
 
-/// A place in translated code from which Rust is called: the instruction that it stands for.
+/// An instruction of a translation that accesses memory, or from which Rust is called, in the data beside the code:
+/// with the page that the access last went to.
 #[derive(Debug, Clone)]
+#[repr(C)]
 struct Site {
+    /// Linear address of the page, or [`NO_PAGE`].
+    page: u64,
+    /// Where the host has it; for [`NO_PAGE`], a page that means nothing.
+    host: u64,
+    /// Its mark.
+    mark: *const AtomicU32,
     op: Op,
+    /// The last offset in a page at which the access fits on it.
+    limit: u32,
+    /// Bits that must be 0 in the address.
+    mask: u32,
     size: u8,
     write: bool,
-    aligned: bool,
     /// It may go elsewhere: after its handler the translation is left.
     flow: bool,
+}
+
+/// The linear address of no page: no access has it, since it is not canonical. (A guest that comes by it all the same
+/// gets nothing but nonsense of its own.)
+const NO_PAGE: u64 = 0x7ffd_a5c3_96e1_f000;
+
+/// Before the sites of a translation.
+#[derive(Debug, Clone)]
+#[repr(C)]
+struct Header {
+    /// The epoch ([`crate::mmu::Tlb::data_epochs`]) in which the sites' pages are right.
+    epoch: u64,
+    /// How many sites follow.
+    sites: u64,
 }
 
 /// A direct jump between translations.
@@ -142,9 +168,6 @@ pub(crate) struct Translator {
     fixed: usize,
     links: Vec<Link>,
     cross_links: u32,
-    /// A vector for each translation, which never grows, since code has the addresses.
-    sites: Vec<Vec<Site>>,
-    site_count: usize,
     encoder: iced_x86::Encoder,
     /// Counters.
     pub(crate) translations: u64,
@@ -169,8 +192,6 @@ impl Translator {
             fixed,
             links,
             cross_links: 0,
-            sites: Vec::new(),
-            site_count: 0,
             encoder: iced_x86::Encoder::new(64),
             translations: 0,
             flushes: 0,
@@ -182,8 +203,6 @@ impl Translator {
         self.memory.truncate(self.fixed);
         self.links.truncate(1);
         self.cross_links = 0;
-        self.sites.clear();
-        self.site_count = 0;
         self.flushes += 1;
     }
 }

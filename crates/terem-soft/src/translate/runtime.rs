@@ -1,9 +1,9 @@
 //! What translated code calls, and how the vCPU goes from translation to translation.
 
-use super::analyse::{Kind, analyse};
+use super::analyse::{Item, Kind, analyse};
 use super::emit::Emitter;
 use super::flow::jump_index;
-use super::{CrossLink, HOT, JumpEntry, Link, MAX_SITES, NO_LINK, Site, Translator};
+use super::{CrossLink, HOT, Header, JumpEntry, Link, NO_LINK, Site, Translator};
 use crate::block::Block;
 use crate::cpu::Cpu;
 use crate::decode::CodeSize;
@@ -16,32 +16,39 @@ const GO_ON: u64 = 0;
 /// To translated code: the instruction is done.
 const DONE: u64 = 1;
 /// To translated code: leave; [`Cpu::rip`] says where to go on.
-const LEAVE: u64 = 2;
+pub(super) const LEAVE: u64 = 2;
+/// To translated code: go on in the translation at [`Cpu::rip`], if there is one.
+const ELSEWHERE: u64 = 3;
 
 /// The vCPU is an argument so that the compiler knows that it changes; translated code has it in GS.
 type Enter = extern "sysv64" fn(cpu: *mut Cpu, code: u64) -> u64;
 
 /// A memory access that the TLB does not have: fills it, or does the instruction by its handler.
-pub(super) extern "sysv64" fn slow(cpu: *mut Cpu, site: *const Site, linear: u64) -> u64 {
+pub(super) extern "sysv64" fn slow(cpu: *mut Cpu, site: *mut Site, linear: u64) -> u64 {
     // SAFETY: translated code passes its own vCPU, which nobody else uses while it runs, and one of its sites, which
     // live as long as the code.
-    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
-    let on_page = 0x1000 - (linear & !PAGE_MASK) >= u64::from(site.size);
+    let (cpu, site) = unsafe { (&mut *cpu, &mut *site) };
+    let last = linear.wrapping_add(u64::from(site.size) - 1);
+    let on_page = (linear ^ last) & PAGE_MASK == 0;
     let canonical = (linear as i64) << 16 >> 16 == linear as i64;
-    let aligned = !site.aligned || linear & (u64::from(site.size) - 1) == 0;
+    let aligned = linear & u64::from(site.mask) == 0;
     if on_page && canonical && aligned {
         let access = if site.write { Access::Write } else { Access::Read };
         match cpu.translate(linear, access) {
             Ok(_) => {
+                // Not there if the page is not RAM.
                 let entry = cpu.tlb.entry(linear);
                 let tag = if site.write { entry.write } else { entry.read };
                 if tag == cpu.tlb.tag(linear) {
+                    site.page = linear & PAGE_MASK;
+                    site.host = site.page.wrapping_add(entry.addend);
+                    site.mark = entry.mark;
                     return GO_ON;
                 }
             }
             Err(fault) => {
-                let fault = cpu.faulted(fault, &site.op);
-                return cpu.leave(&fault);
+                let result = cpu.faulted(fault, &site.op);
+                return cpu.leave(&result);
             }
         }
     }
@@ -82,17 +89,25 @@ pub(super) extern "sysv64" fn marked(cpu: *mut Cpu, mark: u64, site: *const Site
 }
 
 impl Cpu {
+    /// What to tell translated code when it is to go on at [`Cpu::rip`].
+    fn elsewhere(&self) -> u64 {
+        let here = self.native.interpret || self.interrupt_shadow || self.apic.wants_attention();
+        if here { LEAVE } else { ELSEWHERE }
+    }
+
     fn leave(&mut self, result: &Result<(), Shutdown>) -> u64 {
         if result.is_err() {
             self.shut_down = true;
+            return LEAVE;
         }
-        LEAVE
+        self.elsewhere()
     }
 
     /// Executes a site by its handler; `done` is what to say if the translation can go on behind it.
     fn by_handler(&mut self, site: &Site, done: u64) -> u64 {
         let op = &site.op;
         let (next, key) = (self.next_rip(op), self.native.jump_key);
+        let epoch = self.tlb.data_epochs[self.tlb.set()];
         self.rip = next;
         self.op_end = op;
         if let Err(fault) = (op.run)(self, op) {
@@ -102,11 +117,12 @@ impl Cpu {
         let stays = self.rip == next
             && !site.flow
             && self.native.jump_key == key
+            && self.tlb.data_epochs[self.tlb.set()] == epoch
             && !self.op_end.is_null()
             && !self.interrupt_shadow
             && !self.apic.wants_attention()
             && (self.mxcsr_on_host || !self.native.vectors_were_loaded);
-        if stays { done } else { LEAVE }
+        if stays { done } else { self.elsewhere() }
     }
 
     /// Epoch and mode, as jumps are remembered under.
@@ -159,6 +175,9 @@ impl Cpu {
         let code = translator.translate(self, block);
         self.native.translator = Some(translator);
         block.code[self.tlb.set()].set(code.unwrap_or(u64::MAX));
+        if code.is_some() {
+            self.blocks.translated(block);
+        }
         code
     }
 
@@ -207,8 +226,8 @@ impl Translator {
     fn is_full(&self) -> bool {
         // A translation takes less than 64 instructions of some 200 bytes, and as many links.
         self.memory.used() + (256 << 10) > super::cache::CODE_SIZE
-            || self.site_count > MAX_SITES
-            || (self.cross_links as usize + 256) * size_of::<CrossLink>() > super::cache::DATA_SIZE
+            || self.memory.sites_used() + (256 << 10) > super::cache::SITES_SIZE
+            || (self.cross_links as usize + 256) * size_of::<CrossLink>() > super::cache::LINKS_SIZE
     }
 
     /// Lets a link lead to a translation.
@@ -216,7 +235,7 @@ impl Translator {
         let Link { at, cross, .. } = self.links[link as usize];
         match cross {
             Some(cross) => {
-                let data = self.memory.data().cast::<CrossLink>();
+                let data = self.memory.links().cast::<CrossLink>();
                 // SAFETY: the data has room for all links, aligned; only this vCPU's thread uses it.
                 unsafe { data.add(cross as usize).write(CrossLink { page, key }) };
             }
@@ -238,31 +257,59 @@ impl Translator {
             return None;
         }
         let stubs = self.stubs;
-        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), &items);
+        let nothing = (self.memory.nothing(), cpu.marks);
+        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), nothing);
         emitter.asm.base = self.memory.next();
+        emitter.data = self.memory.next_sites() as u64;
         emitter.first_link = self.links.len() as u32;
         emitter.first_cross = self.cross_links;
-        emitter.cross_data = self.memory.data() as u64;
+        emitter.cross_data = self.memory.links() as u64;
         emitter.run(&items, cut);
         let Emitter { asm, sites, links, crosses, .. } = emitter;
-        if !self.memory.add(&asm.code) {
+        if !self.memory.add(&asm.code) || !self.add_sites(sites) {
             return None;
         }
         for i in 0..crosses {
-            let data = self.memory.data().cast::<CrossLink>();
+            let data = self.memory.links().cast::<CrossLink>();
             // SAFETY: as in `connect`. The page is none that is ever executed.
             unsafe { data.add((self.cross_links + i) as usize).write(CrossLink { page: u64::MAX, key: 0 }) };
         }
         self.cross_links += crosses;
         let base = asm.base;
+        tracing::trace!(
+            "translation of {:#x} at {base:#x}: guest {} host {}",
+            cpu.rip,
+            hex(&bytes[..usize::from(items.last().map_or(start, Item::next) - start).min(bytes.len())]),
+            hex(&asm.code)
+        );
         self.links.extend(links.iter().map(|l| Link {
             at: base + l.at as u64,
             offset: l.offset,
             cross: l.cross,
         }));
-        self.site_count += sites.capacity();
-        self.sites.push(sites);
         self.translations += 1;
         Some(base)
     }
+
+    /// Puts sites and their header where the code of the translation expects them.
+    fn add_sites(&mut self, sites: Vec<Site>) -> bool {
+        let at = self.memory.next_sites();
+        if !self.memory.take_sites(size_of::<Header>() + sites.len() * size_of::<Site>()) {
+            return false;
+        }
+        let header = Header { epoch: 0, sites: sites.len() as u64 };
+        // SAFETY: the range has just been taken, is aligned to 8, and only this vCPU's thread uses it.
+        unsafe {
+            at.cast::<Header>().write(header);
+            let first = at.add(size_of::<Header>()).cast::<Site>();
+            for (i, site) in sites.into_iter().enumerate() {
+                first.add(i).write(site);
+            }
+        }
+        true
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |s, b| s + &format!("{b:02x}"))
 }

@@ -2,11 +2,13 @@
 
 use std::mem::offset_of;
 
-use super::asm::host::{RAX, RDI, RDX, RSI, RSP, SP, T0, T1};
+use super::asm::host::{RAX, RCX, RDI, RDX, RSI, RSP, SP, T0, T1, T2};
 use super::asm::{Asm, Place, cc};
 use super::cache::CodeMemory;
-use super::runtime;
+use super::flow::look_up;
+use super::{Header, Site, runtime};
 use crate::cpu::Cpu;
+use crate::mmu::{ENTRIES, Entry, MIX, Tlb};
 
 /// Guest registers that live in host registers of the same number. RSP is in [`SP`]; R9, R10, R11 and R15 are in
 /// memory.
@@ -36,9 +38,12 @@ pub(super) struct Stubs {
     pub(super) exit: u64,
     /// The same with [`Cpu::rip`] in T0 and no link.
     pub(super) exit_to: u64,
-    /// A memory access that the TLB does not have: T0 is the linear address, T1 the site. Afterwards T0 is as before
-    /// and T1 0: try again, or 1: the instruction is done.
-    pub(super) slow: u64,
+    /// For each TLB set, for reads and writes: a memory access of the site in T1 to another page than the last one. T0 is
+    /// the linear address less the page's. Afterwards T0 is the host address; or the instruction has been done, then the
+    /// call returns 5 bytes further on. T2 is lost.
+    pub(super) fill: [[u64; 2]; 3],
+    /// For each TLB set: what the sites behind the header in T1 remember is of another epoch.
+    pub(super) forget: [u64; 3],
     /// Executes the site in T1 by its handler.
     pub(super) handler: u64,
     /// Loads the XMM registers; T1 is the site.
@@ -62,15 +67,26 @@ impl Stubs {
         epilogue(&mut a);
         stubs.enter = a.here();
         enter(&mut a, stubs.exit_to);
+        let elsewhere = a.code.len();
+        go_elsewhere(&mut a, stubs.exit_to);
+        let ways = Ways { leave, elsewhere };
         let mut call = |rust: u64, vectors: bool| {
             let at = a.here();
-            call_rust(&mut a, rust, vectors, leave);
+            call_rust(&mut a, rust, vectors, ways);
             at
         };
-        stubs.slow = call(runtime::slow as *const () as u64, false);
+        let slow = call(runtime::slow as *const () as u64, false);
         stubs.handler = call(runtime::handler as *const () as u64, false);
         stubs.vectors = call(runtime::vectors as *const () as u64, true);
         stubs.marked = call(runtime::marked as *const () as u64, false);
+        for set in 0..3 {
+            for write in [false, true] {
+                stubs.fill[set][usize::from(write)] = a.here();
+                fill(&mut a, slow, set, write);
+            }
+            stubs.forget[set] = a.here();
+            forget(&mut a, set, memory.nothing());
+        }
         let added = memory.add(&a.code);
         debug_assert!(added);
         stubs
@@ -148,9 +164,26 @@ fn spill_vectors(a: &mut Asm) {
     a.land(none);
 }
 
-/// Calls `rust(cpu, T1, T0) -> what`: 2 leaves the translation, anything else comes back in T1. Jumps to `leave` (an
-/// offset) for the former.
-fn call_rust(a: &mut Asm, rust: u64, vectors: bool, leave: usize) {
+/// Offsets of code in the stubs.
+#[derive(Clone, Copy)]
+struct Ways {
+    /// Leaves, with RAX as the link.
+    leave: usize,
+    /// Goes to the translation at [`Cpu::rip`].
+    elsewhere: usize,
+}
+
+/// Goes to the translation at [`Cpu::rip`]; the frames of calls are gone.
+fn go_elsewhere(a: &mut Asm, exit_to: u64) {
+    a.load(RSP, native!(stack_bottom));
+    load_registers(a);
+    a.load(T0, Place::State(offset_of!(Cpu, rip)));
+    look_up(a, exit_to, false);
+}
+
+/// Calls `rust(cpu, T1, T0) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another
+/// one, anything else comes back in T1.
+fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
     save_registers(a);
     push(a, T0);
     a.set_byte(native!(vectors_were_loaded), 0);
@@ -165,11 +198,13 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, leave: usize) {
     a.copy(true, RDX, T0);
     a.set(RAX, rust);
     a.op(false, &[0xff], 2, Place::Reg(RAX));
-    a.group1(false, 7, Place::Reg(RAX), 2);
-    let stay = a.jump_if(cc::NE);
+    a.group1(false, 7, Place::Reg(RAX), runtime::LEAVE as i32);
+    let stay = a.jump_if(cc::B);
+    let elsewhere = a.jump_if(cc::NE);
+    a.land_at(elsewhere, ways.elsewhere);
     a.set(RAX, u64::from(super::NO_LINK));
     let out = a.jump();
-    a.land_at(out, leave);
+    a.land_at(out, ways.leave);
     a.land(stay);
     if !vectors {
         a.compare_byte(native!(vectors_were_loaded), 0);
@@ -183,5 +218,86 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, leave: usize) {
     a.copy(true, T1, RAX);
     load_registers(a);
     pop(a, T0);
+    a.code.push(0xc3);
+}
+
+/// [`Stubs::fill`].
+fn fill(a: &mut Asm, slow: u64, set: usize, write: bool) {
+    const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
+    let tlb = offset_of!(Cpu, tlb);
+    let entries = tlb + offset_of!(Tlb, sets) + set * size_of::<[Entry; ENTRIES]>();
+    let tag = if write { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
+    let of_site = |offset: usize| Place::At(T1, offset as i32);
+    a.op(true, &[0x03], T0, of_site(offset_of!(Site, page)));
+    push(a, RAX);
+    push(a, RCX);
+    // The place in the set, as `Tlb::place` has it.
+    a.copy(true, RAX, T0);
+    a.shift_right(true, RAX, 12);
+    a.copy(true, RCX, RAX);
+    a.shift_right(true, RCX, MIX as u8);
+    a.op(false, &[0x33], RAX, Place::Reg(RCX));
+    a.group1(false, 4, Place::Reg(RAX), ENTRIES as i32 - 1);
+    a.shift_left(false, RAX, SHIFT as u8);
+    a.copy(true, T2, T0);
+    a.group1(true, 4, Place::Reg(T2), -0x1000);
+    a.copy(true, RCX, T2);
+    a.op(true, &[0x0b], RCX, Place::State(tlb + offset_of!(Tlb, generations) + set * 8));
+    a.op(true, &[0x3b], RCX, Place::StateAt(RAX, entries + tag));
+    let other = a.jump_if(cc::NE);
+    a.copy(true, RCX, T0);
+    a.op(true, &[0x2b], RCX, Place::Reg(T2));
+    a.op(false, &[0x3b], RCX, of_site(offset_of!(Site, limit)));
+    let two_pages = a.jump_if(cc::A);
+    a.op(false, &[0x85], T0, of_site(offset_of!(Site, mask))); // test
+    let not_aligned = a.jump_if(cc::NE);
+    a.store(of_site(offset_of!(Site, page)), T2);
+    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, addend)));
+    a.op(true, &[0x03], T2, Place::Reg(RCX));
+    a.store(of_site(offset_of!(Site, host)), T2);
+    a.op(true, &[0x03], T0, Place::Reg(RCX));
+    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
+    a.store(of_site(offset_of!(Site, mark)), RCX);
+    pop(a, RCX);
+    pop(a, RAX);
+    a.code.push(0xc3);
+    a.land(other);
+    a.land(two_pages);
+    a.land(not_aligned);
+    pop(a, RCX);
+    pop(a, RAX);
+    push(a, T1);
+    a.call_to(slow);
+    a.op(false, &[0x85], T1, Place::Reg(T1)); // test
+    pop(a, T1);
+    let done = a.jump_if(cc::NE);
+    a.op(true, &[0x2b], T0, of_site(offset_of!(Site, page)));
+    a.op(true, &[0x03], T0, of_site(offset_of!(Site, host)));
+    a.code.push(0xc3);
+    a.land(done);
+    a.group1(true, 0, Place::At(RSP, 0), 5);
+    a.code.push(0xc3);
+}
+
+/// [`Stubs::forget`].
+fn forget(a: &mut Asm, set: usize, nothing: u64) {
+    push(a, RAX);
+    push(a, RCX);
+    a.load(RAX, Place::State(offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + set * 8));
+    a.store(Place::At(T1, offset_of!(Header, epoch) as i32), RAX);
+    a.load(RCX, Place::At(T1, offset_of!(Header, sites) as i32));
+    a.lea_plus(T1, T1, size_of::<Header>() as i32);
+    a.set(T0, super::NO_PAGE);
+    a.set(T2, nothing);
+    let again = a.code.len();
+    a.store(Place::At(T1, offset_of!(Site, page) as i32), T0);
+    a.store(Place::At(T1, offset_of!(Site, host) as i32), T2);
+    a.lea_plus(T1, T1, size_of::<Site>() as i32);
+    a.lea_plus(RCX, RCX, -1);
+    a.op(true, &[0x85], RCX, Place::Reg(RCX)); // test
+    let more = a.jump_if(cc::NE);
+    a.land_at(more, again);
+    pop(a, RCX);
+    pop(a, RAX);
     a.code.push(0xc3);
 }

@@ -38,9 +38,9 @@ const INVALID: u64 = 0xfff;
 /// Generations are 1 … this.
 const LAST_GENERATION: u16 = 0xffe;
 /// The set of supervisor accesses under SMAP, which sees supervisor pages only.
-const KERNEL: usize = 0;
+pub(crate) const KERNEL: usize = 0;
 /// The set of user accesses.
-const USER: usize = 2;
+pub(crate) const USER: usize = 2;
 /// Entries of pages that are not global in the kernel's set, at most.
 const PASSING: usize = 256;
 
@@ -143,6 +143,9 @@ struct Context {
 }
 
 impl Tlb {
+    /// Where the present mode's set is in this.
+    pub(crate) const SET: usize = std::mem::offset_of!(Tlb, set);
+
     pub(crate) fn new() -> Self {
         Self {
             sets: [[EMPTY; ENTRIES]; 3],

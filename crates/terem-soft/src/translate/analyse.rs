@@ -26,6 +26,12 @@ pub(super) enum Kind {
     Push,
     Pop,
     Leave,
+    PushFlags,
+    SetIf,
+    ClearIf,
+    SwapGs,
+    SetAc,
+    ClearAc,
     /// Unsigned or signed division by a register, unless it would fault.
     Divide {
         signed: bool,
@@ -98,7 +104,7 @@ impl Item {
     pub(super) fn accesses(&self) -> bool {
         let pushes = matches!(
             self.kind,
-            Kind::Push | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallTo | Kind::JumpTo | Kind::Return
+            Kind::Push | Kind::PushFlags | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallTo | Kind::JumpTo | Kind::Return
         );
         self.memory.is_some() || pushes
     }
@@ -322,6 +328,12 @@ fn kind_of(insn: &Instruction) -> Kind {
         }
         M::Pop if insn.code() == Code::Pop_r64 => return Kind::Pop,
         M::Leave if insn.code() == Code::Leaveq => return Kind::Leave,
+        M::Pushfq => return Kind::PushFlags,
+        M::Sti => return Kind::SetIf,
+        M::Cli => return Kind::ClearIf,
+        M::Swapgs => return Kind::SwapGs,
+        M::Stac => return Kind::SetAc,
+        M::Clac => return Kind::ClearAc,
         M::Div if gpr(insn, 0) && insn.op0_register().size() >= 4 => return Kind::Divide { signed: false },
         M::Idiv if gpr(insn, 0) && insn.op0_register().size() >= 4 => return Kind::Divide { signed: true },
         M::Bt | M::Btc | M::Btr | M::Bts => {

@@ -54,6 +54,10 @@ pub(super) enum Cold {
     Mismatch { jump: Jump, back: usize },
     /// The XMM registers have to be loaded.
     Vectors { jump: Jump, back: usize, site: u64, recipe: Option<Recipe> },
+    /// Leaves for an offset of the page.
+    LeaveFor { jump: Jump, offset: i64 },
+    /// Pushes or pops that do not lie on the page remembered.
+    Run { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool) },
     /// Leaves by a link.
     Leave { jumps: Vec<Jump>, link: u32 },
     /// A conditional jump to another page.
@@ -64,9 +68,9 @@ pub(super) enum Cold {
 /// address in T0.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Miss {
-    jumps: [Option<Jump>; 2],
-    back: usize,
-    write: bool,
+    pub(super) jumps: [Option<Jump>; 2],
+    pub(super) back: usize,
+    pub(super) write: bool,
 }
 
 /// What can go wrong while emitting; the instruction is left to its handler then.
@@ -82,9 +86,15 @@ pub(super) struct Emitter<'a> {
     bytes: &'a [u8],
     start: u16,
     /// The TLB set of the mode.
-    set: usize,
+    pub(super) set: usize,
     pub(super) flags: Flags,
     pub(super) vectors: bool,
+    /// The instruction before has set IF: after this one, interrupts come in.
+    pub(super) opened: bool,
+    /// That is so while an instruction is emitted.
+    pub(super) polls: bool,
+    /// What comes after the instruction that is being emitted.
+    pub(super) next_kind: Option<Kind>,
     pub(super) sites: Vec<Site>,
     /// Where the header of the sites will lie.
     pub(super) data: u64,
@@ -100,8 +110,16 @@ pub(super) struct Emitter<'a> {
     pub(super) crosses: u32,
 }
 
+/// Whether it makes a register zero (or nothing but its flags), whatever is in it.
+fn zeroes(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Xor | Mnemonic::Sub)
+        && (0..2).all(|n| insn.op_kind(n) == OpKind::Register)
+        && insn.op0_register() == insn.op1_register()
+        && insn.op0_register().size() >= 4
+}
+
 /// A general register's number, if it is one that lives in memory.
-fn at_home(register: Register) -> Option<u8> {
+pub(super) fn at_home(register: Register) -> Option<u8> {
     let n = register.full_register().number() as u8;
     (register.is_gpr() && matches!(n, 9 | 10 | 11 | 15)).then_some(n)
 }
@@ -136,6 +154,9 @@ impl<'a> Emitter<'a> {
             set,
             flags: Flags { host: false, memory: true, recipe: None },
             vectors: false,
+            opened: false,
+            polls: false,
+            next_kind: None,
             sites: Vec::with_capacity(32),
             data: 0,
             nothing,
@@ -150,11 +171,33 @@ impl<'a> Emitter<'a> {
 
     /// Emits all of it. `cut`: the next instruction lies on two pages.
     pub(super) fn run(&mut self, items: &[Item], cut: bool) {
+        // What comes after a change of the TLB set is another translation.
+        let end = items.iter().position(|i| self.changes_set(i)).map_or(items.len(), |i| i + 1);
+        let items = &items[..end];
         if items.iter().any(Item::accesses) {
             self.look_at_epoch();
         }
-        for item in items {
+        let mut at = 0;
+        while at < items.len() {
+            let run = self.stack_run(&items[at..]);
+            if run > 0 {
+                at += run;
+                continue;
+            }
+            let item = &items[at];
+            let poll = std::mem::take(&mut self.opened);
+            self.polls = poll;
+            self.next_kind = items.get(at + 1).map(|i| i.kind);
             self.item(item);
+            self.polls = false;
+            if self.changes_set(item) {
+                self.emit_cold();
+                return;
+            }
+            if poll && !item.ends() {
+                self.poll_for(i64::from(item.next()));
+            }
+            at += 1;
         }
         let Some(last) = items.last() else { return };
         let goes_on = !last.ends();
@@ -178,6 +221,9 @@ impl<'a> Emitter<'a> {
             Kind::Pop => self.pop(item),
             Kind::Leave => self.leave(item),
             Kind::Divide { signed } => self.divide(item, signed),
+            Kind::SetIf | Kind::ClearIf | Kind::PushFlags | Kind::SwapGs | Kind::SetAc | Kind::ClearAc => {
+                self.system(item)
+            }
             Kind::Handler { ends } => {
                 self.handler(item, ends);
                 Ok(())
@@ -224,7 +270,7 @@ impl<'a> Emitter<'a> {
 
     /// A site for an access to the stack.
     pub(super) fn stack_site(&mut self, item: &Item, write: bool) -> u64 {
-        let flow = !matches!(item.kind, Kind::Push | Kind::Pop | Kind::Leave);
+        let flow = !matches!(item.kind, Kind::Push | Kind::PushFlags | Kind::Pop | Kind::Leave);
         let at = self.site(item, flow);
         if let Some(site) = self.sites.last_mut() {
             (site.size, site.limit, site.write, site.mask) = (8, 0xff8, write, 0);
@@ -232,7 +278,7 @@ impl<'a> Emitter<'a> {
         at
     }
 
-    fn handler(&mut self, item: &Item, ends: bool) {
+    pub(super) fn handler(&mut self, item: &Item, ends: bool) {
         self.flags_to_memory();
         let site = self.site(item, ends);
         self.asm.lea_rip(T1, site);
@@ -285,7 +331,7 @@ impl<'a> Emitter<'a> {
 
     /// To be called right before an instruction that does not fault any more: the flags it reads, and those that it
     /// leaves, must survive it.
-    fn prepare(&mut self, item: &Item) {
+    pub(super) fn prepare(&mut self, item: &Item) {
         let partly = item.writes != 0 && !item.sets_all();
         let lost = !self.flags.host && !self.flags.memory;
         let spoils = self.flags.recipe.as_ref().is_some_and(|r| r.registers & item.changes != 0);
@@ -298,7 +344,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// What has become of the flags after `item`, whose host code was `code`.
-    fn after(&mut self, item: &Item, recipe: Option<Recipe>) {
+    pub(super) fn after(&mut self, item: &Item, recipe: Option<Recipe>) {
         if item.sets_all() {
             self.flags = Flags { host: true, memory: false, recipe };
             return;
@@ -344,7 +390,9 @@ impl<'a> Emitter<'a> {
             };
             insn.set_op_register(n, namesake(register, scratch));
             let access = self.info.info(&item.insn).op_access(n);
-            if known.is_none() && (access != OpAccess::Write || register.size() < 4) {
+            if zeroes(&item.insn) {
+                // What the register holds does not matter.
+            } else if known.is_none() && (access != OpAccess::Write || register.size() < 4) {
                 self.asm.load(scratch, slot(home));
             } else if known.is_some() {
                 // Both a source and a destination: it has to be loaded whatever the first one said.
@@ -446,6 +494,11 @@ impl<'a> Emitter<'a> {
 
     /// After a store: does the page hold code? T1 is lost.
     pub(super) fn look_at_mark(&mut self, observed: bool, site: u64) {
+        self.look_at_mark_of(observed, site, site);
+    }
+
+    /// The same of the access of `site`, with `last` as the site of the instruction after which to go on.
+    pub(super) fn look_at_mark_of(&mut self, observed: bool, site: u64, last: u64) {
         let recipe = if observed {
             self.protect()
         } else {
@@ -453,7 +506,7 @@ impl<'a> Emitter<'a> {
             None
         };
         let jump = self.is_marked(site);
-        self.cold.push(Cold::Marked { jump, site, recipe });
+        self.cold.push(Cold::Marked { jump, site: last, recipe });
     }
 
     /// Jumps if the page that a store at `site` went to holds code. T1 is where its mark is; flags are lost.
@@ -560,69 +613,6 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn push(&mut self, item: &Item) -> Result<(), CannotEncode> {
-        let site = self.stack_site(item, true);
-        let recipe = self.protect();
-        self.asm.lea_plus(T0, SP, -8);
-        let miss = self.check_stack(site, true);
-        self.prepare(item);
-        let insn = &item.insn;
-        if insn.op0_kind() == OpKind::Register {
-            let source = self.part(insn.op0_register(), T2).ok_or(CannotEncode)?;
-            self.asm.store(Place::At(T0, 0), source);
-        } else {
-            self.asm.op(true, &[0xc7], 0, Place::At(T0, 0));
-            let imm = insn.immediate(0) as i32;
-            self.asm.bytes(&imm.to_le_bytes());
-        }
-        self.asm.lea_plus(SP, SP, -8);
-        self.after(item, None);
-        self.look_at_mark(item.observed_after, site);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
-        Ok(())
-    }
-
-    fn pop(&mut self, item: &Item) -> Result<(), CannotEncode> {
-        let site = self.stack_site(item, false);
-        let recipe = self.protect();
-        self.asm.copy(true, T0, SP);
-        let miss = self.check_stack(site, false);
-        self.prepare(item);
-        let to = item.insn.op0_register();
-        let n = to.number() as u8;
-        self.asm.load(T0, Place::At(T0, 0));
-        if n == 4 {
-            self.asm.copy(true, SP, T0);
-        } else {
-            self.asm.lea_plus(SP, SP, 8);
-            match at_home(to) {
-                Some(home) => self.asm.store(slot(home), T0),
-                None => self.asm.copy(true, n, T0),
-            }
-        }
-        self.after(item, None);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
-        Ok(())
-    }
-
-    fn leave(&mut self, item: &Item) -> Result<(), CannotEncode> {
-        const RBP: u8 = 5;
-        let site = self.stack_site(item, false);
-        let recipe = self.protect();
-        self.asm.copy(true, T0, RBP);
-        let miss = self.check_stack(site, false);
-        self.prepare(item);
-        self.asm.load(T0, Place::At(T0, 0));
-        self.asm.lea_plus(SP, RBP, 8);
-        self.asm.copy(true, RBP, T0);
-        self.after(item, None);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
-        Ok(())
-    }
-
     /// A division by a register that cannot overflow; the handler does the others.
     fn divide(&mut self, item: &Item, signed: bool) -> Result<(), CannotEncode> {
         let site = self.site(item, false);
@@ -663,7 +653,7 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    fn flags_of(&mut self, recipe: Option<Recipe>) {
+    pub(super) fn flags_of(&mut self, recipe: Option<Recipe>) {
         if let Some(recipe) = recipe {
             self.make_again(&recipe);
             self.asm.save_flags();
@@ -731,6 +721,15 @@ impl<'a> Emitter<'a> {
                 let jump = self.asm.jump();
                 self.asm.land_at(jump, back);
             }
+            Cold::LeaveFor { jump, offset } => {
+                self.asm.land(jump);
+                self.asm.load(T0, slot(IP_REG));
+                self.asm.lea_plus(T0, T0, offset as i32);
+                self.asm.jump_to(self.stubs.exit_to);
+            }
+            Cold::Run { miss, site, items, recipe, done } => {
+                self.one_by_one(miss, site, &items, recipe, done);
+            }
             Cold::Leave { jumps, link } => {
                 if jumps.is_empty() {
                     return;
@@ -746,7 +745,7 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    fn back(&mut self, next: usize, restore: bool) {
+    pub(super) fn back(&mut self, next: usize, restore: bool) {
         if restore {
             self.asm.restore_flags();
         }

@@ -200,7 +200,7 @@ impl Emitter<'_> {
             return;
         }
         let mut jumps = Vec::new();
-        if poll {
+        if poll || self.polls {
             jumps.push(self.poll());
         }
         let jump = if call { self.asm.call() } else { self.asm.jump() };
@@ -210,7 +210,7 @@ impl Emitter<'_> {
     }
 
     /// Jumps away if somebody wants something of the vCPU. T1 and flags are lost.
-    fn poll(&mut self) -> Jump {
+    pub(super) fn poll(&mut self) -> Jump {
         self.asm.load(T1, native!(attention));
         self.asm.compare_byte(Place::At(T1, 0), 0);
         self.asm.jump_if(cc::NE)

@@ -135,6 +135,7 @@ impl Cpu {
     pub(crate) fn translates(&self) -> bool {
         self.mode.code == CodeSize::Code64
             && !self.mode.single
+            && matches!(self.cpl, 0 | 3)
             && !self.interrupt_shadow
             && self.native.translator.is_some()
     }

@@ -42,6 +42,8 @@ pub(super) struct Stubs {
     /// the linear address less the page's. Afterwards T0 is the host address; or the instruction has been done, then the
     /// call returns 5 bytes further on. T2 is lost.
     pub(super) fill: [[u64; 2]; 3],
+    /// The same, but never by Rust: where the TLB does not have the page, the call returns 5 bytes further on.
+    pub(super) find: [[u64; 2]; 3],
     /// For each TLB set: what the sites behind the header in T1 remember is of another epoch.
     pub(super) forget: [u64; 3],
     /// Executes the site in T1 by its handler.
@@ -82,7 +84,9 @@ impl Stubs {
         for set in 0..3 {
             for write in [false, true] {
                 stubs.fill[set][usize::from(write)] = a.here();
-                fill(&mut a, slow, set, write);
+                fill(&mut a, Some(slow), set, write);
+                stubs.find[set][usize::from(write)] = a.here();
+                fill(&mut a, None, set, write);
             }
             stubs.forget[set] = a.here();
             forget(&mut a, set, memory.nothing());
@@ -221,8 +225,8 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
     a.code.push(0xc3);
 }
 
-/// [`Stubs::fill`].
-fn fill(a: &mut Asm, slow: u64, set: usize, write: bool) {
+/// [`Stubs::fill`]; [`Stubs::find`] where `slow` is `None`.
+fn fill(a: &mut Asm, slow: Option<u64>, set: usize, write: bool) {
     const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
     let tlb = offset_of!(Cpu, tlb);
     let entries = tlb + offset_of!(Tlb, sets) + set * size_of::<[Entry; ENTRIES]>();
@@ -266,15 +270,17 @@ fn fill(a: &mut Asm, slow: u64, set: usize, write: bool) {
     a.land(not_aligned);
     pop(a, RCX);
     pop(a, RAX);
-    push(a, T1);
-    a.call_to(slow);
-    a.op(false, &[0x85], T1, Place::Reg(T1)); // test
-    pop(a, T1);
-    let done = a.jump_if(cc::NE);
-    a.op(true, &[0x2b], T0, of_site(offset_of!(Site, page)));
-    a.op(true, &[0x03], T0, of_site(offset_of!(Site, host)));
-    a.code.push(0xc3);
-    a.land(done);
+    if let Some(slow) = slow {
+        push(a, T1);
+        a.call_to(slow);
+        a.op(false, &[0x85], T1, Place::Reg(T1)); // test
+        pop(a, T1);
+        let done = a.jump_if(cc::NE);
+        a.op(true, &[0x2b], T0, of_site(offset_of!(Site, page)));
+        a.op(true, &[0x03], T0, of_site(offset_of!(Site, host)));
+        a.code.push(0xc3);
+        a.land(done);
+    }
     a.group1(true, 0, Place::At(RSP, 0), 5);
     a.code.push(0xc3);
 }
@@ -289,13 +295,14 @@ fn forget(a: &mut Asm, set: usize, nothing: u64) {
     a.lea_plus(T1, T1, size_of::<Header>() as i32);
     a.set(T0, super::NO_PAGE);
     a.set(T2, nothing);
+    let first = a.jump();
     let again = a.code.len();
     a.store(Place::At(T1, offset_of!(Site, page) as i32), T0);
     a.store(Place::At(T1, offset_of!(Site, host) as i32), T2);
     a.lea_plus(T1, T1, size_of::<Site>() as i32);
-    a.lea_plus(RCX, RCX, -1);
-    a.op(true, &[0x85], RCX, Place::Reg(RCX)); // test
-    let more = a.jump_if(cc::NE);
+    a.land(first);
+    a.group1(true, 5, Place::Reg(RCX), 1); // sub
+    let more = a.jump_if(cc::AE);
     a.land_at(more, again);
     pop(a, RCX);
     pop(a, RAX);

@@ -320,12 +320,14 @@ impl Cpu {
     }
 
     /// Marks a page as holding decoded code, visibly to all vCPUs, before its bytes are read.
-    fn mark_code(&self, page: u64) -> u32 {
+    fn mark_code(&mut self, page: u64) -> u32 {
         let marks = self.memory.marks();
         let before = marks.word(page);
         let word = marks.mark_code(page);
         if before & terem_memory::CODE == 0 {
             crate::membarrier::all_threads();
+            // Several stores are done at once only to pages that held no code when they were remembered.
+            self.tlb.new_data_epochs();
         }
         word
     }

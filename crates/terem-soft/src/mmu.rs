@@ -229,6 +229,15 @@ impl Tlb {
         self.fetched = [0; 64];
     }
 
+    /// Begins new epochs of data accesses: what they remember of their pages is no longer so.
+    pub(crate) fn new_data_epochs(&mut self) {
+        for of in &mut self.of_pcid {
+            of.data = 0;
+        }
+        self.data = [self.take_epoch(), self.take_epoch()];
+        self.use_generations();
+    }
+
     fn filter(linear: u64) -> (usize, u64) {
         let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
         ((hash >> 6) as usize, 1 << (hash & 63))

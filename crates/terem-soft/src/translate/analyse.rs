@@ -57,6 +57,13 @@ pub(super) struct Memory {
     pub(super) aligned: bool,
 }
 
+impl Memory {
+    /// Bits that must be 0 in the address.
+    pub(super) fn mask(self) -> u8 {
+        if self.aligned { self.size - 1 } else { 0 }
+    }
+}
+
 /// One instruction of a translation.
 #[derive(Debug, Clone)]
 pub(super) struct Item {

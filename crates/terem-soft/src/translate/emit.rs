@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analyse::{Item, Kind, Memory};
+use super::analyse::{Item, Kind};
 use super::{Header, NO_PAGE, Site};
 use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
@@ -58,6 +58,8 @@ pub(super) enum Cold {
     LeaveFor { jump: Jump, offset: i64 },
     /// Pushes or pops that do not lie on the page remembered.
     Run { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool) },
+    /// Accesses that do not lie on the page remembered.
+    Group { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool), vectors: bool },
     /// Leaves by a link.
     Leave { jumps: Vec<Jump>, link: u32 },
     /// A conditional jump to another page.
@@ -180,6 +182,7 @@ impl<'a> Emitter<'a> {
         let mut at = 0;
         while at < items.len() {
             let run = self.stack_run(&items[at..]);
+            let run = if run > 0 { run } else { self.group(&items[at..]) };
             if run > 0 {
                 at += run;
                 continue;
@@ -208,7 +211,7 @@ impl<'a> Emitter<'a> {
         self.emit_cold();
     }
 
-    fn item(&mut self, item: &Item) {
+    pub(super) fn item(&mut self, item: &Item) {
         // If it cannot be encoded, what was emitted of it is taken back.
         let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
         let (sites, cold, links, crosses) =
@@ -260,7 +263,7 @@ impl<'a> Emitter<'a> {
             mark: self.nothing.1,
             op: item.op,
             limit: 0x1000 - u32::from(size),
-            mask: m.filter(|m| m.aligned).map_or(0, |m| u32::from(m.size) - 1),
+            mask: m.map_or(0, |m| m.mask().into()),
             size,
             write: m.is_some_and(|m| m.write),
             flow,
@@ -360,9 +363,14 @@ impl<'a> Emitter<'a> {
 
     // ---- instructions ----
 
-    /// Emits the guest's instruction with its registers where they are here, and its memory operand at `[T0]`; `free`
-    /// are scratch registers for those that live in memory. Gives where its code begins and ends.
-    fn encode(&mut self, item: &Item, free: &[u8]) -> Result<(usize, usize), CannotEncode> {
+    /// Emits the guest's instruction with its registers where they are here, and its memory operand at
+    /// `[T0 + disp]`; `free` are scratch registers for those that live in memory. Gives where its code begins and ends.
+    pub(super) fn encode(
+        &mut self,
+        item: &Item,
+        free: &[u8],
+        disp: i32,
+    ) -> Result<(usize, usize), CannotEncode> {
         let mut insn = item.insn;
         let mut homes: [(u8, u8); 3] = [(0, 0); 3];
         let mut count = 0;
@@ -408,8 +416,12 @@ impl<'a> Emitter<'a> {
                 insn.set_memory_base(Register::R11);
                 insn.set_memory_index(Register::None);
                 insn.set_memory_index_scale(1);
-                insn.set_memory_displacement64(0);
-                insn.set_memory_displ_size(0);
+                insn.set_memory_displacement64(i64::from(disp) as u64);
+                insn.set_memory_displ_size(match disp {
+                    0 => 0,
+                    -0x80..=0x7f => 1,
+                    _ => 8,
+                });
                 insn.set_segment_prefix(Register::None);
             }
             let encoded = self.encoder.encode(&insn, 0);
@@ -466,13 +478,13 @@ impl<'a> Emitter<'a> {
         Some(Recipe { code, registers })
     }
 
-    fn direct(&mut self, item: &Item) -> Result<(), CannotEncode> {
+    pub(super) fn direct(&mut self, item: &Item) -> Result<(), CannotEncode> {
         if item.vector && !self.vectors {
             self.load_vectors(item);
         }
         let Some(memory) = item.memory else {
             self.prepare(item);
-            let (begin, end) = self.encode(item, &[T2, T1, T0])?;
+            let (begin, end) = self.encode(item, &[T2, T1, T0], 0)?;
             let recipe = self.recipe(item, begin, end);
             self.after(item, recipe);
             return Ok(());
@@ -480,9 +492,9 @@ impl<'a> Emitter<'a> {
         let site = self.site(item, false);
         let recipe = self.protect();
         self.address(&item.insn, T0);
-        let miss = self.check(site, memory);
+        let miss = self.check(site, memory.size.into(), memory.mask(), memory.write);
         self.prepare(item);
-        self.encode(item, &[T2, T1])?;
+        self.encode(item, &[T2, T1], 0)?;
         self.after(item, None);
         if memory.write {
             self.look_at_mark(item.observed_after, site);
@@ -517,7 +529,7 @@ impl<'a> Emitter<'a> {
         self.asm.jump_if(cc::NE)
     }
 
-    fn load_vectors(&mut self, item: &Item) {
+    pub(super) fn load_vectors(&mut self, item: &Item) {
         let recipe = self.protect();
         let site = self.site(item, false);
         self.asm.compare_byte(native!(vectors_loaded), 0);
@@ -572,24 +584,24 @@ impl<'a> Emitter<'a> {
         self.asm.op(true, &[0x03], to, Place::State(offset_of!(Cpu, segment_base) + segment * 8));
     }
 
-    /// Turns the linear address in T0 into the host's, if it is on the page that the site went to last. The host's flags
-    /// are lost.
-    pub(super) fn check(&mut self, site: u64, memory: Memory) -> Miss {
+    /// Turns the linear address in T0 into the host's, if `bytes` bytes there are on the page that the site went to last,
+    /// and none of the bits of `mask` is set. The host's flags are lost.
+    pub(super) fn check(&mut self, site: u64, bytes: u32, mask: u8, write: bool) -> Miss {
         let a = &mut self.asm;
         a.op_rip(0x2b, T0, site + offset_of!(Site, page) as u64); // sub
-        a.group1(true, 7, Place::Reg(T0), 0x1000 - i32::from(memory.size)); // cmp
+        a.group1(true, 7, Place::Reg(T0), 0x1000 - bytes as i32); // cmp
         let mut jumps = [Some(a.jump_if(cc::A)), None];
-        if memory.aligned {
-            a.bytes(&[0x41, 0xf6, 0xc3, memory.size - 1]); // test r11b, size - 1
+        if mask != 0 {
+            a.bytes(&[0x41, 0xf6, 0xc3, mask]); // test r11b, mask
             jumps[1] = Some(a.jump_if(cc::NE));
         }
         a.op_rip(0x03, T0, site + offset_of!(Site, host) as u64); // add
-        Miss { jumps, back: a.code.len(), write: memory.write }
+        Miss { jumps, back: a.code.len(), write }
     }
 
     /// [`Self::check`] for an access to the stack.
     pub(super) fn check_stack(&mut self, site: u64, write: bool) -> Miss {
-        self.check(site, Memory { size: 8, write, aligned: false })
+        self.check(site, 8, 0, write)
     }
 
     fn address_of(&mut self, item: &Item) -> Result<(), CannotEncode> {
@@ -728,6 +740,10 @@ impl<'a> Emitter<'a> {
                 self.asm.jump_to(self.stubs.exit_to);
             }
             Cold::Run { miss, site, items, recipe, done } => {
+                self.one_by_one(miss, site, &items, recipe, done);
+            }
+            Cold::Group { miss, site, items, recipe, done, vectors } => {
+                self.vectors = vectors;
                 self.one_by_one(miss, site, &items, recipe, done);
             }
             Cold::Leave { jumps, link } => {

@@ -5,7 +5,7 @@
 //! ```text
 //!   analyse.rs  which instructions go out as they are, whose flags are looked at
 //!   emit.rs     one translation: instructions, memory accesses, flags
-//!   stack.rs    pushes and pops;   system.rs  what kernels do all the time
+//!   group.rs    accesses near each other;   stack.rs  pushes and pops;   system.rs  what kernels do all the time
 //!   flow.rs     jumps, calls, returns, and the links between translations
 //!   stubs.rs    entry and exit, calls into Rust, from translated code
 //!   runtime.rs  what they call, and the loop that goes from translation to translation
@@ -17,6 +17,7 @@ mod asm;
 mod cache;
 mod emit;
 mod flow;
+mod group;
 mod runtime;
 mod stack;
 mod stubs;

@@ -1,6 +1,6 @@
 //! What translated code calls, and how the vCPU goes from translation to translation.
 
-use super::analyse::{Item, Kind, analyse};
+use super::analyse::{Item, analyse};
 use super::emit::Emitter;
 use super::flow::jump_index;
 use super::{CrossLink, HOT, Header, JumpEntry, Link, NO_LINK, Site, Translator};
@@ -254,7 +254,7 @@ impl Translator {
         let bytes = &bytes[..len];
         let straddles = block.straddles();
         let (items, cut) = analyse(bytes, start, cpu.mode, &cpu.instruction_set, straddles);
-        if items.is_empty() || matches!(items[0].kind, Kind::Handler { ends: true }) {
+        if items.is_empty() {
             return None;
         }
         let stubs = self.stubs;

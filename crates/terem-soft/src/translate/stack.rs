@@ -1,6 +1,6 @@
 //! Pushes and pops: single ones, and runs of them as functions begin and end with.
 
-use super::analyse::{Item, Kind, Memory};
+use super::analyse::{Item, Kind};
 use super::asm::Place;
 use super::asm::host::{SP, T0, T2};
 use super::emit::{CannotEncode, Cold, Emitter, Flags, Miss, Recipe, at_home};
@@ -99,7 +99,7 @@ impl Emitter<'_> {
         }
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, if push { -bytes } else { 0 });
-        let miss = self.check(site, Memory { size: bytes as u8, write: push, aligned: false });
+        let miss = self.check(site, bytes as u32, 0, push);
         items.iter().for_each(|item| self.prepare(item));
         for (i, item) in items.iter().enumerate() {
             let at = if push { bytes - 8 * (i as i32 + 1) } else { 8 * i as i32 };
@@ -139,7 +139,7 @@ impl Emitter<'_> {
         }
     }
 
-    /// A run that is not on the page remembered: that is found anew, or the run goes one by one.
+    /// A run or a group that is not on the page remembered: that is found anew, or the instructions go one by one.
     pub(super) fn one_by_one(
         &mut self,
         miss: Miss,
@@ -155,10 +155,7 @@ impl Emitter<'_> {
         let back = self.asm.jump();
         self.asm.land_at(back, miss.back);
         self.flags = Flags { host: false, memory: true, recipe: None };
-        for item in items {
-            // These two never fail.
-            let _ = if miss.write { self.push(item) } else { self.pop(item) };
-        }
+        items.iter().for_each(|item| self.item(item));
         self.flags_to_memory();
         self.back(next, restore);
     }

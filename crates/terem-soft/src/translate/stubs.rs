@@ -42,7 +42,8 @@ pub(super) struct Stubs {
     /// the linear address less the page's. Afterwards T0 is the host address; or the instruction has been done, then the
     /// call returns 5 bytes further on. T2 is lost.
     pub(super) fill: [[u64; 2]; 3],
-    /// The same, but never by Rust: where the TLB does not have the page, the call returns 5 bytes further on.
+    /// The same, but never by Rust: where the TLB does not have the page, or it is written to and
+    /// holds code, the call returns 5 bytes further on.
     pub(super) find: [[u64; 2]; 3],
     /// For each TLB set: what the sites behind the header in T1 remember is of another epoch.
     pub(super) forget: [u64; 3],
@@ -255,6 +256,12 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, write: bool) {
     let two_pages = a.jump_if(cc::A);
     a.op(false, &[0x85], T0, of_site(offset_of!(Site, mask))); // test
     let not_aligned = a.jump_if(cc::NE);
+    let code = (slow.is_none() && write).then(|| {
+        a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
+        a.op(false, &[0xf6], 0, Place::At(RCX, 0)); // test byte
+        a.code.push(terem_memory::CODE as u8);
+        a.jump_if(cc::NE)
+    });
     a.store(of_site(offset_of!(Site, page)), T2);
     a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, addend)));
     a.op(true, &[0x03], T2, Place::Reg(RCX));
@@ -268,6 +275,9 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, write: bool) {
     a.land(other);
     a.land(two_pages);
     a.land(not_aligned);
+    if let Some(code) = code {
+        a.land(code);
+    }
     pop(a, RCX);
     pop(a, RAX);
     if let Some(slow) = slow {

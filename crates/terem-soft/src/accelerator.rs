@@ -77,7 +77,7 @@ impl SoftAccelerator {
         let c = &self.config;
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
-        let native = Native::new(apic.words(), self.config.translate);
+        let native = Native::new(apic.words(), self.config.translate, self.apics.count());
         let mut cpu = Box::new(Cpu {
             gpr: [0; 18],
             rip: 0,

@@ -21,7 +21,7 @@ const BLOCK_BYTES: usize = 256;
 /// The longest instruction.
 const MAX_LEN: usize = 15;
 /// Decoded instructions kept by one vCPU (about 7 MiB); more, and all are dropped.
-const MAX_OPS: usize = 150_000;
+const MAX_OPS: usize = 600_000;
 /// Entries of the table by linear address.
 const LINEAR_ENTRIES: usize = 8192;
 

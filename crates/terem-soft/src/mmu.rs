@@ -58,6 +58,22 @@ pub(crate) struct Entry {
     pub(crate) mark: *const AtomicU32,
 }
 
+/// The page that accesses in translated code last went to. Translated code knows this layout.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Remembered {
+    /// Its linear address, or [`NO_PAGE`].
+    pub(crate) page: u64,
+    /// Where the host has it; for [`NO_PAGE`], a page that means nothing.
+    pub(crate) host: u64,
+    /// Its mark.
+    pub(crate) mark: *const AtomicU32,
+}
+
+/// The linear address of no page: no access has it, since it is not canonical. (A guest that comes by it all the same
+/// gets nothing but nonsense of its own.)
+pub(crate) const NO_PAGE: u64 = 0x7ffd_a5c3_96e1_f000;
+
 /// One page of linear addresses, for fetches.
 #[derive(Debug, Clone, Copy)]
 struct CodeEntry {
@@ -102,6 +118,8 @@ pub(crate) struct Tlb {
     pub(crate) generations: [u64; 3],
     /// Epoch of each set's data accesses.
     pub(crate) data_epochs: [u64; 3],
+    /// For each set, the page that the stack is on, which may be written.
+    pub(crate) stacks: [Remembered; 3],
     /// For the supervisor and the user.
     code: [[CodeEntry; CODE_ENTRIES]; 2],
     /// The set of the present mode.
@@ -151,6 +169,7 @@ impl Tlb {
             sets: [[EMPTY; ENTRIES]; 3],
             generations: [1; 3],
             data_epochs: [0; 3],
+            stacks: [Remembered { page: NO_PAGE, host: 0, mark: std::ptr::null() }; 3],
             code: [[NO_CODE; CODE_ENTRIES]; 2],
             set: 0,
             generation: 1,
@@ -229,6 +248,11 @@ impl Tlb {
         self.fetched = [0; 64];
     }
 
+    /// Whether that is where a stack's page is remembered.
+    pub(crate) fn is_stack(&self, page: *const Remembered) -> bool {
+        self.stacks.as_ptr_range().contains(&page)
+    }
+
     /// Begins new epochs of data accesses: what they remember of their pages is no longer so.
     pub(crate) fn new_data_epochs(&mut self) {
         for of in &mut self.of_pcid {
@@ -263,6 +287,7 @@ impl Tlb {
         self.generations = [kernel, self.generation, self.generation];
         let [context, global] = self.data;
         self.data_epochs = [if self.globals { global } else { context }, context, context];
+        self.stacks.iter_mut().for_each(|s| s.page = NO_PAGE);
     }
 
     /// Forgets everything of all contexts; `globals` says whether there are global pages from now on.

@@ -25,6 +25,11 @@ impl ApicSystem {
         self.apics.iter().for_each(|a| a.look_again());
     }
 
+    /// How many vCPUs there are.
+    pub(crate) fn count(&self) -> usize {
+        self.apics.len()
+    }
+
     pub(crate) fn apic(&self, index: usize) -> Option<Arc<Apic>> {
         self.apics.get(index).cloned()
     }

@@ -107,15 +107,6 @@ impl Item {
             || !matches!(self.kind, Kind::Nothing | Kind::Direct | Kind::Address)
     }
 
-    /// Whether it accesses memory, as far as its translation does that itself.
-    pub(super) fn accesses(&self) -> bool {
-        let pushes = matches!(
-            self.kind,
-            Kind::Push | Kind::PushFlags | Kind::Pop | Kind::Leave | Kind::Call | Kind::CallTo | Kind::JumpTo | Kind::Return
-        );
-        self.memory.is_some() || pushes
-    }
-
     /// Page offset of the next instruction.
     pub(super) fn next(&self) -> u16 {
         self.op.next

@@ -63,11 +63,21 @@ pub(super) struct Asm {
     pub(super) code: Vec<u8>,
     /// Where the first byte will be executed.
     pub(super) base: u64,
+    /// Where code that is executed rarely begins in `code`, and where that will be executed.
+    pub(super) cold: Option<(usize, u64)>,
 }
 
 impl Asm {
     pub(super) fn here(&self) -> u64 {
-        self.base + self.code.len() as u64
+        self.address(self.code.len())
+    }
+
+    /// Where the byte at an offset of `code` will be executed.
+    pub(super) fn address(&self, offset: usize) -> u64 {
+        match self.cold {
+            Some((begin, base)) if offset >= begin => base + (offset - begin) as u64,
+            _ => self.base + offset as u64,
+        }
     }
 
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
@@ -250,7 +260,7 @@ impl Asm {
 
     /// Lets a jump lead to an offset in this buffer.
     pub(super) fn land_at(&mut self, jump: Jump, target: usize) {
-        let distance = target as i64 - (jump.0 as i64 + 4);
+        let distance = self.address(target).wrapping_sub(self.address(jump.0) + 4);
         self.code[jump.0..jump.0 + 4].copy_from_slice(&(distance as i32).to_le_bytes());
     }
 

@@ -1,4 +1,10 @@
-//! Memory for code: one mapping that can be executed, another of the same pages that can be written.
+//! Memory for code: one mapping that can be executed, another of the same pages that can be written; data that code
+//! reaches relative to RIP lies behind it.
+//!
+//! ```text
+//!   executed      stubs and hot code │ cold code │ links │ pages remembered │ sites
+//!   written       the same memory    ┘
+//! ```
 
 use std::io;
 use std::ptr::NonNull;
@@ -6,33 +12,61 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-/// Bytes of code that one vCPU keeps.
-pub(super) const CODE_SIZE: usize = 32 << 20;
-/// Bytes of links to other pages beside it, which code reaches relative to RIP.
-pub(super) const LINKS_SIZE: usize = 4 << 20;
-/// Bytes of what accesses remember, after the links; likewise.
-pub(super) const SITES_SIZE: usize = 28 << 20;
-const DATA_SIZE: usize = LINKS_SIZE + SITES_SIZE;
+/// Bytes of code that all vCPUs of a machine keep together, at most; each has an equal part.
+const ALL_CODE: usize = 512 << 20;
+/// The least and the most that one vCPU has.
+const CODE: std::ops::RangeInclusive<usize> = 16 << 20..=160 << 20;
+/// Bytes that the stubs take at most.
+pub(super) const STUBS: usize = 0x3000;
+/// Bytes of code, pages or sites that one translation takes at most.
+const ONE: usize = 256 << 10;
+
+/// A range of the memory, and how much of it is used.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    begin: usize,
+    end: usize,
+    used: usize,
+}
+
+impl Part {
+    fn fits(self, bytes: usize) -> bool {
+        self.used + bytes <= self.end
+    }
+}
 
 /// The code of one vCPU. Pages are taken from the host when they are first written.
 #[derive(Debug)]
 pub(super) struct CodeMemory {
-    /// Where code is executed; [`DATA_SIZE`] bytes of data follow it.
+    /// Where code is executed, and what follows it.
     run: NonNull<u8>,
-    /// Where it is written.
+    /// Where code is written.
     write: NonNull<u8>,
-    used: usize,
-    /// Bytes of sites used.
-    sites: usize,
+    hot: Part,
+    cold: Part,
+    links: Part,
+    pages: Part,
+    sites: Part,
 }
 
 // SAFETY: the mappings belong to this value alone.
 unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
-    pub(super) fn new() -> io::Result<Self> {
+    /// For one of `vcpus` vCPUs.
+    pub(super) fn new(vcpus: usize) -> io::Result<Self> {
+        let code = (ALL_CODE / vcpus.max(1)).clamp(*CODE.start(), *CODE.end()) & !0xffff;
+        let mut end = 0;
+        let mut part = |bytes: usize| {
+            let begin = end;
+            end += bytes;
+            Part { begin, end, used: begin }
+        };
+        let (hot, cold, links) = (part(code / 2), part(code / 2), part(code / 8));
+        let (mut pages, sites) = (part(code / 4), part(code / 2));
+        pages.used += Self::NOTHING;
         let file = memfd_create("terem code", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, CODE_SIZE as u64)?;
+        ftruncate(&file, code as u64)?;
         // SAFETY: new mappings at addresses of the kernel's choice; then, over the first one's own pages, the same
         // file again and data.
         unsafe {
@@ -40,89 +74,114 @@ impl CodeMemory {
             let flags = MapFlags::SHARED | MapFlags::NORESERVE;
             let run = mmap_anonymous(
                 none,
-                CODE_SIZE + DATA_SIZE,
+                sites.end,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )?;
-            mmap(run, CODE_SIZE, ProtFlags::READ | ProtFlags::EXEC, flags | MapFlags::FIXED, &file, 0)?;
-            let write = mmap(none, CODE_SIZE, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)?;
+            mmap(run, code, ProtFlags::READ | ProtFlags::EXEC, flags | MapFlags::FIXED, &file, 0)?;
+            let write = mmap(none, code, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)?;
             let (run, write) = (run.cast(), write.cast());
             let (Some(run), Some(write)) = (NonNull::new(run), NonNull::new(write)) else {
                 return Err(io::ErrorKind::OutOfMemory.into());
             };
-            Ok(Self { run, write, used: 0, sites: Self::FIRST_SITE })
+            Ok(Self { run, write, hot, cold, links, pages, sites })
         }
+    }
+
+    /// The pages remembered begin with one of the host's that means nothing.
+    const NOTHING: usize = 0x1000;
+
+    fn at(&self, offset: usize) -> *mut u8 {
+        // SAFETY: offsets are of the parts, which lie in the mapping.
+        unsafe { self.run.as_ptr().add(offset) }
     }
 
     /// Where the next code will lie.
     pub(super) fn next(&self) -> u64 {
-        self.run.as_ptr() as u64 + self.used as u64
+        self.at(self.hot.used) as u64
+    }
+
+    /// Where the next code will lie that is executed rarely.
+    pub(super) fn next_cold(&self) -> u64 {
+        self.at(self.cold.used) as u64
     }
 
     /// The first byte of the links.
     pub(super) fn links(&self) -> *mut u8 {
-        // SAFETY: the mapping has data behind the code.
-        unsafe { self.run.as_ptr().add(CODE_SIZE) }
+        self.at(self.links.begin)
     }
 
-    /// The sites begin with a page that holds nothing: [`Self::nothing`].
-    const FIRST_SITE: usize = 0x1000;
+    /// Bytes for links.
+    pub(super) fn links_size(&self) -> usize {
+        self.links.end - self.links.begin
+    }
 
     /// The host address of a page that means nothing, may be written, and is nobody's.
     pub(super) fn nothing(&self) -> u64 {
-        self.run.as_ptr() as u64 + (CODE_SIZE + LINKS_SIZE) as u64
+        self.at(self.pages.begin) as u64
     }
 
-    /// Where the next data about sites will lie, aligned to 8.
+    /// Where the next pages will be remembered, aligned to 8.
+    pub(super) fn next_pages(&self) -> *mut u8 {
+        self.at(self.pages.used)
+    }
+
+    /// Where the next sites will lie, aligned to 8.
     pub(super) fn next_sites(&self) -> *mut u8 {
-        // SAFETY: `sites` is at most the size of what follows the links.
-        unsafe { self.run.as_ptr().add(CODE_SIZE + LINKS_SIZE + self.sites) }
+        self.at(self.sites.used)
     }
 
-    /// Takes `bytes` (a multiple of 8) at [`Self::next_sites`]; false if there is no room.
-    pub(super) fn take_sites(&mut self, bytes: usize) -> bool {
-        let fits = self.sites + bytes <= SITES_SIZE;
-        self.sites += if fits { bytes } else { 0 };
+    /// Takes bytes (multiples of 8) at [`Self::next_pages`] and [`Self::next_sites`]; false if there is no room.
+    pub(super) fn take(&mut self, pages: usize, sites: usize) -> bool {
+        let fits = self.pages.fits(pages) && self.sites.fits(sites);
+        if fits {
+            self.pages.used += pages;
+            self.sites.used += sites;
+        }
         fits
     }
 
-    /// Bytes of sites used.
-    pub(super) fn sites_used(&self) -> usize {
-        self.sites
+    /// Whether there may be no room for another translation.
+    pub(super) fn is_nearly_full(&self) -> bool {
+        [self.hot, self.cold, self.pages, self.sites].iter().any(|part| !part.fits(ONE))
     }
 
-    /// Bytes used.
-    pub(super) fn used(&self) -> usize {
-        self.used
+    /// Bytes of code.
+    pub(super) fn code_used(&self) -> usize {
+        self.hot.used + self.cold.used - self.cold.begin
     }
 
-    /// Adds code, which lies at [`Self::next`] then; false if there is no room.
-    pub(super) fn add(&mut self, code: &[u8]) -> bool {
-        let len = code.len().next_multiple_of(16);
-        if self.used + len > CODE_SIZE {
+    /// Adds code, which lies at [`Self::next`] and [`Self::next_cold`] then; false if there is no room.
+    pub(super) fn add(&mut self, hot: &[u8], cold: &[u8]) -> bool {
+        if !(self.hot.fits(hot.len() + 16) && self.cold.fits(cold.len() + 16)) {
             return false;
         }
-        // SAFETY: the range is in the mapping that can be written and is executed by nobody yet.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.as_ptr().add(self.used), code.len());
+        for (code, part) in [(hot, &mut self.hot), (cold, &mut self.cold)] {
+            // SAFETY: the range is in the mapping that can be written and is executed by nobody yet.
+            unsafe {
+                let to = self.write.as_ptr().add(part.used);
+                std::ptr::copy_nonoverlapping(code.as_ptr(), to, code.len());
+            }
+            part.used += code.len().next_multiple_of(16);
         }
-        self.used += len;
         true
     }
 
     /// Lets the jump whose 4 bytes are executed at `at` lead to `target`.
     pub(super) fn patch(&mut self, at: u64, target: u64) {
         let offset = (at - self.run.as_ptr() as u64) as usize;
-        debug_assert!(offset + 4 <= self.used);
+        debug_assert!(offset + 4 <= self.cold.used);
         let distance = target.wrapping_sub(at + 4) as i32;
         // SAFETY: `at` is in code that was added. The vCPU's thread is the only one that executes it, and it is here.
         unsafe { self.write.as_ptr().add(offset).cast::<i32>().write_unaligned(distance) };
     }
 
-    /// Forgets all code after the first `keep` bytes, and all sites.
-    pub(super) fn truncate(&mut self, keep: usize) {
-        self.used = keep;
-        self.sites = Self::FIRST_SITE;
+    /// Forgets all code but the stubs, and all data.
+    pub(super) fn clear(&mut self) {
+        self.hot.used = self.hot.begin + STUBS;
+        self.cold.used = self.cold.begin;
+        self.pages.used = self.pages.begin + Self::NOTHING;
+        self.sites.used = self.sites.begin;
     }
 }
 
@@ -130,8 +189,8 @@ impl Drop for CodeMemory {
     fn drop(&mut self) {
         // SAFETY: the mappings made in `new`, which nobody uses any more.
         unsafe {
-            let _ = munmap(self.run.as_ptr().cast(), CODE_SIZE + DATA_SIZE);
-            let _ = munmap(self.write.as_ptr().cast(), CODE_SIZE);
+            let _ = munmap(self.run.as_ptr().cast(), self.sites.end);
+            let _ = munmap(self.write.as_ptr().cast(), self.cold.end);
         }
     }
 }

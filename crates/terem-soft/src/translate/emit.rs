@@ -1,18 +1,14 @@
 //! One translation: guest instructions in host registers, memory accesses through the TLB, and the flags.
 
-use std::mem::offset_of;
-use std::sync::atomic::AtomicU32;
-
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::analyse::{Item, Kind};
-use super::{Header, NO_PAGE, Site};
+use super::Site;
+use super::access::{Miss, PageKey};
 use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
 use super::flow::NewLink;
 use super::stubs::{Stubs, native, slot};
-use crate::cpu::Cpu;
-use crate::mmu::Tlb;
 use crate::op::IP_REG;
 
 /// Where the guest's arithmetic flags are. What is said here is true of all of them at once.
@@ -66,15 +62,6 @@ pub(super) enum Cold {
     Cross { jump: Jump, offset: i64 },
 }
 
-/// The jumps that are taken where an access is not to the page remembered; `back` is where to go on with the host
-/// address in T0.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Miss {
-    pub(super) jumps: [Option<Jump>; 2],
-    pub(super) back: usize,
-    pub(super) write: bool,
-}
-
 /// What can go wrong while emitting; the instruction is left to its handler then.
 pub(super) struct CannotEncode;
 
@@ -98,10 +85,16 @@ pub(super) struct Emitter<'a> {
     /// What comes after the instruction that is being emitted.
     pub(super) next_kind: Option<Kind>,
     pub(super) sites: Vec<Site>,
-    /// Where the header of the sites will lie.
+    /// Where the header of the pages will lie.
     pub(super) data: u64,
-    /// A page of the host's that means nothing, and the mark of one of the guest's.
-    nothing: (u64, *const AtomicU32),
+    /// There is no other vCPU.
+    pub(super) alone: bool,
+    /// Where code that is executed rarely will lie.
+    pub(super) cold_base: u64,
+    /// The pages that it remembers.
+    pub(super) pages: Vec<PageKey>,
+    /// Where the first site will lie.
+    pub(super) first_site: u64,
     pub(super) cold: Vec<Cold>,
     pub(super) links: Vec<NewLink>,
     /// Number of the first link.
@@ -144,10 +137,9 @@ impl<'a> Emitter<'a> {
         bytes: &'a [u8],
         start: u16,
         set: usize,
-        nothing: (u64, *const AtomicU32),
     ) -> Self {
         Self {
-            asm: Asm { code: Vec::with_capacity(1024), base: 0 },
+            asm: Asm { code: Vec::with_capacity(1024), ..Asm::default() },
             stubs,
             encoder,
             info: InstructionInfoFactory::new(),
@@ -161,7 +153,10 @@ impl<'a> Emitter<'a> {
             next_kind: None,
             sites: Vec::with_capacity(32),
             data: 0,
-            nothing,
+            alone: false,
+            cold_base: 0,
+            pages: Vec::with_capacity(8),
+            first_site: 0,
             cold: Vec::new(),
             links: Vec::new(),
             first_link: 0,
@@ -176,7 +171,7 @@ impl<'a> Emitter<'a> {
         // What comes after a change of the TLB set is another translation.
         let end = items.iter().position(|i| self.changes_set(i)).map_or(items.len(), |i| i + 1);
         let items = &items[..end];
-        if items.iter().any(Item::accesses) {
+        if items.iter().any(|i| self.remembers(i)) {
             self.look_at_epoch();
         }
         let mut at = 0;
@@ -214,8 +209,8 @@ impl<'a> Emitter<'a> {
     pub(super) fn item(&mut self, item: &Item) {
         // If it cannot be encoded, what was emitted of it is taken back.
         let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
-        let (sites, cold, links, crosses) =
-            (self.sites.len(), self.cold.len(), self.links.len(), self.crosses);
+        let (sites, cold, links, crosses, pages) =
+            (self.sites.len(), self.cold.len(), self.links.len(), self.crosses, self.pages.len());
         let done = match item.kind {
             Kind::Nothing => Ok(()),
             Kind::Direct => self.direct(item),
@@ -237,48 +232,12 @@ impl<'a> Emitter<'a> {
             self.asm.code.truncate(len);
             (self.flags, self.vectors) = (flags, vectors);
             self.sites.truncate(sites);
+            self.pages.truncate(pages);
             self.cold.truncate(cold);
             self.links.truncate(links);
             self.crosses = crosses;
             self.handler(item, item.insn.flow_control() != iced_x86::FlowControl::Next);
         }
-    }
-
-    /// Sees to it that what the sites remember is of the present epoch. T1 and flags are lost.
-    fn look_at_epoch(&mut self) {
-        let epoch = offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + self.set * 8;
-        self.asm.load(T1, Place::State(epoch));
-        self.asm.compare_rip(T1, self.data + offset_of!(Header, epoch) as u64);
-        let jump = self.asm.jump_if(cc::NE);
-        self.cold.push(Cold::Stale { jump, back: self.asm.code.len() });
-    }
-
-    /// A site for `item`; its address.
-    pub(super) fn site(&mut self, item: &Item, flow: bool) -> u64 {
-        let m = item.memory;
-        let size = m.map_or(8, |m| m.size);
-        self.sites.push(Site {
-            page: NO_PAGE,
-            host: self.nothing.0,
-            mark: self.nothing.1,
-            op: item.op,
-            limit: 0x1000 - u32::from(size),
-            mask: m.map_or(0, |m| m.mask().into()),
-            size,
-            write: m.is_some_and(|m| m.write),
-            flow,
-        });
-        self.data + (size_of::<Header>() + (self.sites.len() - 1) * size_of::<Site>()) as u64
-    }
-
-    /// A site for an access to the stack.
-    pub(super) fn stack_site(&mut self, item: &Item, write: bool) -> u64 {
-        let flow = !matches!(item.kind, Kind::Push | Kind::PushFlags | Kind::Pop | Kind::Leave);
-        let at = self.site(item, flow);
-        if let Some(site) = self.sites.last_mut() {
-            (site.size, site.limit, site.write, site.mask) = (8, 0xff8, write, 0);
-        }
-        at
     }
 
     pub(super) fn handler(&mut self, item: &Item, ends: bool) {
@@ -490,43 +449,19 @@ impl<'a> Emitter<'a> {
             return Ok(());
         };
         let site = self.site(item, false);
+        let page = self.page(&item.insn, memory.write);
         let recipe = self.protect();
         self.address(&item.insn, T0);
-        let miss = self.check(site, memory.size.into(), memory.mask(), memory.write);
+        let miss = self.check(page, memory.size.into(), memory.mask(), memory.write);
         self.prepare(item);
         self.encode(item, &[T2, T1], 0)?;
         self.after(item, None);
         if memory.write {
-            self.look_at_mark(item.observed_after, site);
+            self.look_at_mark(item.observed_after, page, site);
         }
         let done = Some((self.asm.code.len(), self.flags.host));
         self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
-    }
-
-    /// After a store: does the page hold code? T1 is lost.
-    pub(super) fn look_at_mark(&mut self, observed: bool, site: u64) {
-        self.look_at_mark_of(observed, site, site);
-    }
-
-    /// The same of the access of `site`, with `last` as the site of the instruction after which to go on.
-    pub(super) fn look_at_mark_of(&mut self, observed: bool, site: u64, last: u64) {
-        let recipe = if observed {
-            self.protect()
-        } else {
-            self.flags.host = false;
-            None
-        };
-        let jump = self.is_marked(site);
-        self.cold.push(Cold::Marked { jump, site: last, recipe });
-    }
-
-    /// Jumps if the page that a store at `site` went to holds code. T1 is where its mark is; flags are lost.
-    pub(super) fn is_marked(&mut self, site: u64) -> Jump {
-        self.asm.op_rip(0x8b, T1, site + offset_of!(Site, mark) as u64);
-        self.asm.op(false, &[0xf6], 0, Place::At(T1, 0)); // test byte [t1], CODE
-        self.asm.code.push(terem_memory::CODE as u8);
-        self.asm.jump_if(cc::NE)
     }
 
     pub(super) fn load_vectors(&mut self, item: &Item) {
@@ -536,72 +471,6 @@ impl<'a> Emitter<'a> {
         let jump = self.asm.jump_if(cc::E);
         self.cold.push(Cold::Vectors { jump, back: self.asm.code.len(), site, recipe });
         self.vectors = true;
-    }
-
-    /// The host register of a guest register as part of an address; those in memory are loaded to `scratch`.
-    pub(super) fn part(&mut self, register: Register, scratch: u8) -> Option<u8> {
-        if register == Register::None {
-            return None;
-        }
-        if matches!(register, Register::RIP | Register::EIP) {
-            self.asm.load(scratch, slot(IP_REG));
-            return Some(scratch);
-        }
-        if let Some(home) = at_home(register) {
-            self.asm.load(scratch, slot(home));
-            return Some(scratch);
-        }
-        let n = register.full_register().number() as u8;
-        Some(if n == 4 { SP } else { n })
-    }
-
-    /// The parts of a memory operand, and whether it is 64 bits wide. T0 and T1 are lost.
-    fn parts(&mut self, insn: &Instruction) -> (Address, bool) {
-        let base = self.part(insn.memory_base(), T0);
-        let index = self.part(insn.memory_index(), T1);
-        let index = index.map(|i| (i, insn.memory_index_scale().trailing_zeros() as u8));
-        let disp = insn.memory_displacement64() as i64 as i32;
-        let narrow = insn.memory_base().size() == 4 || insn.memory_index().size() == 4;
-        (Address { base, index, disp }, !narrow)
-    }
-
-    /// The linear address of the memory operand in `to`. Flags are lost if it is in FS or GS.
-    pub(super) fn address(&mut self, insn: &Instruction, to: u8) {
-        let (address, wide) = self.parts(insn);
-        match address {
-            Address { base: Some(base), index: None, disp: 0 } if wide => {
-                if base != to {
-                    self.asm.copy(true, to, base);
-                }
-            }
-            _ => self.asm.lea(wide, to, address),
-        }
-        let segment = match insn.memory_segment() {
-            Register::FS => 4,
-            Register::GS => 5,
-            _ => return,
-        };
-        self.asm.op(true, &[0x03], to, Place::State(offset_of!(Cpu, segment_base) + segment * 8));
-    }
-
-    /// Turns the linear address in T0 into the host's, if `bytes` bytes there are on the page that the site went to last,
-    /// and none of the bits of `mask` is set. The host's flags are lost.
-    pub(super) fn check(&mut self, site: u64, bytes: u32, mask: u8, write: bool) -> Miss {
-        let a = &mut self.asm;
-        a.op_rip(0x2b, T0, site + offset_of!(Site, page) as u64); // sub
-        a.group1(true, 7, Place::Reg(T0), 0x1000 - bytes as i32); // cmp
-        let mut jumps = [Some(a.jump_if(cc::A)), None];
-        if mask != 0 {
-            a.bytes(&[0x41, 0xf6, 0xc3, mask]); // test r11b, mask
-            jumps[1] = Some(a.jump_if(cc::NE));
-        }
-        a.op_rip(0x03, T0, site + offset_of!(Site, host) as u64); // add
-        Miss { jumps, back: a.code.len(), write }
-    }
-
-    /// [`Self::check`] for an access to the stack.
-    pub(super) fn check_stack(&mut self, site: u64, write: bool) -> Miss {
-        self.check(site, 8, 0, write)
     }
 
     fn address_of(&mut self, item: &Item) -> Result<(), CannotEncode> {
@@ -656,6 +525,7 @@ impl<'a> Emitter<'a> {
     // ---- what happens rarely ----
 
     fn emit_cold(&mut self) {
+        self.asm.cold = Some((self.asm.code.len(), self.cold_base));
         let mut i = 0;
         // Emitting one may add others.
         while i < self.cold.len() {
@@ -675,12 +545,7 @@ impl<'a> Emitter<'a> {
     fn emit_one(&mut self, cold: Cold) {
         match cold {
             Cold::Miss { miss, site, recipe, done } => {
-                miss.jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
-                self.flags_of(recipe);
-                self.asm.lea_rip(T1, site);
-                self.asm.call_to(self.stubs.fill[self.set][usize::from(miss.write)]);
-                let back = self.asm.jump();
-                self.asm.land_at(back, miss.back);
+                self.miss(miss, site, recipe, false);
                 if let Some((next, restore)) = done {
                     self.back(next, restore);
                 }

@@ -11,7 +11,8 @@ use iced_x86::{ConditionCode, OpKind};
 use super::analyse::{Item, Kind};
 use super::asm::host::{RSP, SP, T0, T1, T2};
 use super::asm::{Asm, Jump, Place, cc};
-use super::emit::{CannotEncode, Cold, Emitter, Flags, Miss};
+use super::access::{Miss, Page};
+use super::emit::{CannotEncode, Cold, Emitter, Flags};
 use super::stubs::{native, push, slot};
 use super::{CrossLink, JumpEntry, Native};
 use crate::cpu::Cpu;
@@ -60,7 +61,7 @@ impl Emitter<'_> {
                 self.flags_to_memory();
                 let site = self.stack_site(item, false);
                 self.asm.copy(true, T0, SP);
-                let miss = self.check_stack(site, false);
+                let miss = self.check_stack(false);
                 self.asm.load(T0, Place::At(T0, 0));
                 let more = if item.insn.op_count() == 1 { item.insn.immediate16() } else { 0 };
                 self.asm.lea_plus(SP, SP, 8 + i32::from(more));
@@ -93,8 +94,9 @@ impl Emitter<'_> {
                 return Err(CannotEncode);
             }
             let site = self.stack_site(item, false);
+            let page = self.page(insn, false);
             self.address(insn, T0);
-            let miss = self.check_stack(site, false);
+            let miss = self.check(page, 8, 0, false);
             self.asm.load(T0, Place::At(T0, 0));
             self.miss_flow(miss, site);
             if call {
@@ -127,14 +129,17 @@ impl Emitter<'_> {
         self.flags.host = false;
         let site = self.stack_site(item, true);
         self.asm.lea_plus(T0, SP, -8);
-        let miss = self.check_stack(site, true);
+        let miss = self.check_stack(true);
         self.asm.load(T2, slot(IP_REG));
         self.asm.lea_plus(T2, T2, i32::from(item.next()));
         self.asm.store(Place::At(T0, 0), T2);
         self.asm.lea_plus(SP, SP, -8);
         self.miss_flow(miss, site);
+        if self.alone {
+            return;
+        }
         // If that was a page with code, attention is called for, and the jump that follows looks for that.
-        let jump = self.is_marked(site);
+        let jump = self.is_marked(Page::Stack);
         let (back, next) = (self.asm.code.len(), i32::from(item.next()));
         self.cold.push(Cold::MarkedCall { jump, site, back, next });
     }

@@ -64,7 +64,9 @@ impl Group {
         let mask = self.mask | memory.mask();
         // Only the lowest address is looked at for its alignment.
         let aligned = |at: i64| at & i64::from(mask) == 0;
-        let fits = high - low <= RANGE && (mask == 0 || (aligned(disp - low) && aligned(self.low - low)));
+        let fits = high - low <= RANGE
+            && (!item.insn.is_ip_rel_memory_operand() || low >> 12 == (high - 1) >> 12)
+            && (mask == 0 || (aligned(disp - low) && aligned(self.low - low)));
         fits.then_some(Self {
             count: self.count,
             accesses: self.accesses + 1,
@@ -105,11 +107,12 @@ impl Emitter<'_> {
         let items = &items[..group.count];
         // If one of them cannot be encoded, none is.
         let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
-        let (sites, cold) = (self.sites.len(), self.cold.len());
+        let (sites, cold, pages) = (self.sites.len(), self.cold.len(), self.pages.len());
         if self.emit_group(items, &group).is_none() {
             self.asm.code.truncate(len);
             (self.flags, self.vectors) = (flags, vectors);
             self.sites.truncate(sites);
+            self.pages.truncate(pages);
             self.cold.truncate(cold);
             return 0;
         }
@@ -146,11 +149,12 @@ impl Emitter<'_> {
         let bytes = (group.high - group.low) as u32;
         let of = self.sites.last_mut()?;
         (of.limit, of.mask, of.write) = (0x1000 - bytes, group.mask.into(), group.write);
+        let page = self.page(&items[0].insn, group.write);
         let recipe = self.protect();
         let mut lowest = items[0].insn;
         lowest.set_memory_displacement64(group.low as u64);
         self.address(&lowest, T0);
-        let miss = self.check(site, bytes, group.mask, group.write);
+        let miss = self.check(page, bytes, group.mask, group.write);
         let vectors = self.vectors;
         for item in items {
             if item.memory.is_none() {
@@ -167,7 +171,7 @@ impl Emitter<'_> {
         let last = &items[items.len() - 1];
         if group.write {
             let end = self.site(last, false);
-            self.look_at_mark_of(last.observed_after, site, end);
+            self.look_at_mark(last.observed_after, page, end);
         }
         let done = (self.asm.code.len(), self.flags.host);
         self.cold.push(Cold::Group { miss, site, items: items.to_vec(), recipe, done, vectors });

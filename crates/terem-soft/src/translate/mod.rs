@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   analyse.rs  which instructions go out as they are, whose flags are looked at
-//!   emit.rs     one translation: instructions, memory accesses, flags
+//!   emit.rs     one translation: instructions and flags;   access.rs  memory accesses
 //!   group.rs    accesses near each other;   stack.rs  pushes and pops;   system.rs  what kernels do all the time
 //!   flow.rs     jumps, calls, returns, and the links between translations
 //!   stubs.rs    entry and exit, calls into Rust, from translated code
@@ -12,6 +12,7 @@
 //!   asm.rs      host instructions;   cache.rs  memory for code
 //! ```
 
+mod access;
 mod analyse;
 mod asm;
 mod cache;
@@ -23,7 +24,7 @@ mod stack;
 mod stubs;
 mod system;
 
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::AtomicBool;
 
 use cache::CodeMemory;
 use stubs::Stubs;
@@ -71,8 +72,9 @@ pub(crate) struct Native {
 }
 
 impl Native {
-    /// For a vCPU with these words ([`crate::apic::Apic::words`]); `translate`: with a translator.
-    pub(crate) fn new([attention, pending]: [*const AtomicBool; 2], translate: bool) -> Self {
+    /// For a vCPU with these words ([`crate::apic::Apic::words`]); `translate`: with a translator, one of
+    /// `vcpus`.
+    pub(crate) fn new([attention, pending]: [*const AtomicBool; 2], translate: bool, vcpus: usize) -> Self {
         Self {
             cpu: std::ptr::null_mut(),
             attention,
@@ -88,7 +90,7 @@ impl Native {
             link: NO_LINK,
             jumps: [JumpEntry::NONE; JUMP_ENTRIES],
             changes: 0,
-            translator: if translate { Translator::new() } else { None },
+            translator: if translate { Translator::new(vcpus) } else { None },
         }
     }
 }
@@ -107,19 +109,12 @@ impl JumpEntry {
     pub(crate) const NONE: Self = Self { linear: 0, key: 0, target: 0, _pad: 0 };
 }
 
-/// An instruction of a translation that accesses memory, or from which Rust is called, in the data beside the code:
-/// with the page that the access last went to.
+/// An instruction of a translation from which Rust may be called, in the data beside the code.
 #[derive(Debug, Clone)]
 #[repr(C)]
 struct Site {
-    /// Linear address of the page, or [`NO_PAGE`].
-    page: u64,
-    /// Where the host has it; for [`NO_PAGE`], a page that means nothing.
-    host: u64,
-    /// Its mark.
-    mark: *const AtomicU32,
     op: Op,
-    /// The last offset in a page at which the access fits on it.
+    /// Of its memory access: the last offset in a page at which that fits on it.
     limit: u32,
     /// Bits that must be 0 in the address.
     mask: u32,
@@ -129,18 +124,14 @@ struct Site {
     flow: bool,
 }
 
-/// The linear address of no page: no access has it, since it is not canonical. (A guest that comes by it all the same
-/// gets nothing but nonsense of its own.)
-const NO_PAGE: u64 = 0x7ffd_a5c3_96e1_f000;
-
-/// Before the sites of a translation.
+/// Before the pages that a translation remembers ([`crate::mmu::Remembered`]).
 #[derive(Debug, Clone)]
 #[repr(C)]
 struct Header {
-    /// The epoch ([`crate::mmu::Tlb::data_epochs`]) in which the sites' pages are right.
+    /// The epoch ([`crate::mmu::Tlb::data_epochs`]) in which they are right.
     epoch: u64,
-    /// How many sites follow.
-    sites: u64,
+    /// How many follow.
+    pages: u64,
 }
 
 /// A direct jump between translations.
@@ -168,8 +159,8 @@ struct CrossLink {
 pub(crate) struct Translator {
     memory: CodeMemory,
     stubs: Stubs,
-    /// Bytes of code that stay for ever: the stubs.
-    fixed: usize,
+    /// There is no other vCPU.
+    alone: bool,
     links: Vec<Link>,
     cross_links: u32,
     encoder: iced_x86::Encoder,
@@ -181,19 +172,19 @@ pub(crate) struct Translator {
 
 impl Translator {
     /// `None` where the host gives no executable memory.
-    pub(crate) fn new() -> Option<Box<Self>> {
-        let mut memory = CodeMemory::new()
+    pub(crate) fn new(vcpus: usize) -> Option<Box<Self>> {
+        let mut memory = CodeMemory::new(vcpus)
             .inspect_err(|e| {
                 tracing::warn!("no memory for translated code ({e}): the interpreter runs all of it");
             })
             .ok()?;
         let stubs = Stubs::emit(&mut memory);
-        let fixed = memory.used();
+        memory.clear();
         let links = vec![Link { at: 0, offset: 0, cross: None }];
         Some(Box::new(Self {
             memory,
             stubs,
-            fixed,
+            alone: vcpus == 1,
             links,
             cross_links: 0,
             encoder: iced_x86::Encoder::new(64),
@@ -204,7 +195,7 @@ impl Translator {
 
     /// Drops all translations.
     fn clear(&mut self) {
-        self.memory.truncate(self.fixed);
+        self.memory.clear();
         self.links.truncate(1);
         self.cross_links = 0;
         self.flushes += 1;

@@ -1,5 +1,7 @@
 //! What translated code calls, and how the vCPU goes from translation to translation.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::analyse::{Item, analyse};
 use super::emit::Emitter;
 use super::flow::jump_index;
@@ -8,7 +10,7 @@ use crate::block::Block;
 use crate::cpu::Cpu;
 use crate::decode::CodeSize;
 use crate::event::Shutdown;
-use crate::mmu::{Access, PAGE_MASK};
+use crate::mmu::{Access, NO_PAGE, PAGE_MASK, Remembered};
 use crate::op::IP_REG;
 
 /// To translated code: go on (for an access: try it again).
@@ -23,47 +25,52 @@ const ELSEWHERE: u64 = 3;
 /// The vCPU is an argument so that the compiler knows that it changes; translated code has it in GS.
 type Enter = extern "sysv64" fn(cpu: *mut Cpu, code: u64) -> u64;
 
-/// A memory access that the TLB does not have: fills it, or does the instruction by its handler.
-pub(super) extern "sysv64" fn slow(cpu: *mut Cpu, site: *mut Site, linear: u64) -> u64 {
+/// A memory access to a page that the TLB does not have, or not in the way that it takes: has the page remembered, or does
+/// the instruction by its handler.
+pub(super) extern "sysv64" fn slow(
+    cpu: *mut Cpu,
+    page: *mut Remembered,
+    linear: u64,
+    site: *const Site,
+) -> u64 {
     // SAFETY: translated code passes its own vCPU, which nobody else uses while it runs, and one of its sites, which
     // live as long as the code.
-    let (cpu, site) = unsafe { (&mut *cpu, &mut *site) };
+    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
     let last = linear.wrapping_add(u64::from(site.size) - 1);
     let on_page = (linear ^ last) & PAGE_MASK == 0;
     let canonical = (linear as i64) << 16 >> 16 == linear as i64;
     let aligned = linear & u64::from(site.mask) == 0;
-    if on_page && canonical && aligned {
-        let access = if site.write { Access::Write } else { Access::Read };
-        match cpu.translate(linear, access) {
-            Ok(_) => {
-                // Not there if the page is not RAM.
-                let entry = cpu.tlb.entry(linear);
-                let tag = if site.write { entry.write } else { entry.read };
-                if tag == cpu.tlb.tag(linear) {
-                    site.page = linear & PAGE_MASK;
-                    site.host = site.page.wrapping_add(entry.addend);
-                    site.mark = entry.mark;
-                    return GO_ON;
-                }
-            }
-            Err(fault) => {
-                let result = cpu.faulted(fault, &site.op);
-                return cpu.leave(&result);
-            }
-        }
+    if !(on_page && canonical && aligned) {
+        return cpu.by_handler(site, DONE);
     }
-    cpu.by_handler(site, DONE)
+    let access = if site.write { Access::Write } else { Access::Read };
+    if let Err(fault) = cpu.translate(linear, access) {
+        let result = cpu.faulted(fault, &site.op);
+        return cpu.leave(&result);
+    }
+    // It is not in the TLB if it is not RAM.
+    let (entry, tag) = (cpu.tlb.entry(linear), cpu.tlb.tag(linear));
+    let write = site.write || cpu.tlb.is_stack(page);
+    let known = if write { entry.write } else { entry.read } == tag;
+    // SAFETY: a page in the TLB has a mark.
+    if !known || (write && unsafe { (*entry.mark).load(Ordering::Relaxed) } & terem_memory::CODE != 0) {
+        return cpu.by_handler(site, DONE);
+    }
+    let at = linear & PAGE_MASK;
+    // SAFETY: translated code passes where one of its pages is remembered; nobody has a reference to that.
+    unsafe { page.write(Remembered { page: at, host: at.wrapping_add(entry.addend), mark: entry.mark }) };
+    GO_ON
 }
 
 /// Executes an instruction by its handler.
-pub(super) extern "sysv64" fn handler(cpu: *mut Cpu, site: *const Site, _: u64) -> u64 {
+pub(super) extern "sysv64" fn handler(cpu: *mut Cpu, site: *const Site) -> u64 {
     // SAFETY: as in `slow`.
     let (cpu, site) = unsafe { (&mut *cpu, &*site) };
     cpu.by_handler(site, GO_ON)
 }
 
 /// Before the first vector instruction of a translation, with the XMM registers in memory.
-pub(super) extern "sysv64" fn vectors(cpu: *mut Cpu, site: *const Site, _: u64) -> u64 {
+pub(super) extern "sysv64" fn vectors(cpu: *mut Cpu, site: *const Site) -> u64 {
     // SAFETY: as in `slow`.
     let (cpu, site) = unsafe { (&mut *cpu, &*site) };
     if cpu.runs_directly() {
@@ -167,6 +174,13 @@ impl Cpu {
     fn translate_block(&mut self, block: &Block) -> Option<u64> {
         let mut translator = self.native.translator.take()?;
         if translator.is_full() {
+            tracing::debug!(
+                translations = translator.translations,
+                code = translator.memory.code_used(),
+                links = translator.links.len(),
+                cross = translator.cross_links,
+                "translations are dropped"
+            );
             translator.clear();
             self.blocks.drop_translations();
             self.tlb.new_epochs();
@@ -225,10 +239,8 @@ impl Cpu {
 
 impl Translator {
     fn is_full(&self) -> bool {
-        // A translation takes less than 64 instructions of some 200 bytes, and as many links.
-        self.memory.used() + (256 << 10) > super::cache::CODE_SIZE
-            || self.memory.sites_used() + (256 << 10) > super::cache::SITES_SIZE
-            || (self.cross_links as usize + 256) * size_of::<CrossLink>() > super::cache::LINKS_SIZE
+        // A translation takes less than this of each.
+        self.memory.is_nearly_full() || (self.cross_links as usize + 256) * size_of::<CrossLink>() > self.memory.links_size()
     }
 
     /// Lets a link lead to a translation.
@@ -258,16 +270,19 @@ impl Translator {
             return None;
         }
         let stubs = self.stubs;
-        let nothing = (self.memory.nothing(), cpu.marks);
-        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), nothing);
+        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set());
         emitter.asm.base = self.memory.next();
-        emitter.data = self.memory.next_sites() as u64;
+        emitter.data = self.memory.next_pages() as u64;
+        emitter.first_site = self.memory.next_sites() as u64;
+        emitter.alone = self.alone;
+        emitter.cold_base = self.memory.next_cold();
         emitter.first_link = self.links.len() as u32;
         emitter.first_cross = self.cross_links;
         emitter.cross_data = self.memory.links() as u64;
         emitter.run(&items, cut);
-        let Emitter { asm, sites, links, crosses, .. } = emitter;
-        if !self.memory.add(&asm.code) || !self.add_sites(sites) {
+        let Emitter { asm, sites, pages, links, crosses, .. } = emitter;
+        let (hot, cold) = asm.code.split_at(asm.cold.map_or(asm.code.len(), |c| c.0));
+        if !self.memory.add(hot, cold) || !self.add_data(sites, pages.len(), cpu.marks) {
             return None;
         }
         for i in 0..crosses {
@@ -284,7 +299,7 @@ impl Translator {
             hex(&asm.code)
         );
         self.links.extend(links.iter().map(|l| Link {
-            at: base + l.at as u64,
+            at: asm.address(l.at),
             offset: l.offset,
             cross: l.cross,
         }));
@@ -292,19 +307,22 @@ impl Translator {
         Some(base)
     }
 
-    /// Puts sites and their header where the code of the translation expects them.
-    fn add_sites(&mut self, sites: Vec<Site>) -> bool {
-        let at = self.memory.next_sites();
-        if !self.memory.take_sites(size_of::<Header>() + sites.len() * size_of::<Site>()) {
+    /// Puts sites and pages where the code of the translation expects them. `mark` is the mark of any page.
+    fn add_data(&mut self, sites: Vec<Site>, pages: usize, mark: *const AtomicU32) -> bool {
+        let (header, site) = (self.memory.next_pages(), self.memory.next_sites());
+        let bytes = size_of::<Header>() + pages * size_of::<Remembered>();
+        if !self.memory.take(bytes, sites.len() * size_of::<Site>()) {
             return false;
         }
-        let header = Header { epoch: 0, sites: sites.len() as u64 };
-        // SAFETY: the range has just been taken, is aligned to 8, and only this vCPU's thread uses it.
+        // SAFETY: the ranges have just been taken, are aligned to 8, and only this vCPU's thread uses them.
         unsafe {
-            at.cast::<Header>().write(header);
-            let first = at.add(size_of::<Header>()).cast::<Site>();
-            for (i, site) in sites.into_iter().enumerate() {
-                first.add(i).write(site);
+            header.cast::<Header>().write(Header { epoch: 0, pages: pages as u64 });
+            let first = header.add(size_of::<Header>()).cast::<Remembered>();
+            for i in 0..pages {
+                first.add(i).write(Remembered { page: NO_PAGE, host: self.memory.nothing(), mark });
+            }
+            for (i, of) in sites.into_iter().enumerate() {
+                site.cast::<Site>().add(i).write(of);
             }
         }
         true

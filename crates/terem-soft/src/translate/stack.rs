@@ -1,9 +1,10 @@
 //! Pushes and pops: single ones, and runs of them as functions begin and end with.
 
+use super::access::{Miss, Page};
 use super::analyse::{Item, Kind};
 use super::asm::Place;
 use super::asm::host::{SP, T0, T2};
-use super::emit::{CannotEncode, Cold, Emitter, Flags, Miss, Recipe, at_home};
+use super::emit::{CannotEncode, Cold, Emitter, Flags, Recipe, at_home};
 use super::stubs::slot;
 use iced_x86::{OpKind, Register};
 
@@ -15,7 +16,7 @@ impl Emitter<'_> {
         let site = self.stack_site(item, true);
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, -8);
-        let miss = self.check_stack(site, true);
+        let miss = self.check_stack(true);
         self.prepare(item);
         let insn = &item.insn;
         if insn.op0_kind() == OpKind::Register {
@@ -28,7 +29,7 @@ impl Emitter<'_> {
         }
         self.asm.lea_plus(SP, SP, -8);
         self.after(item, None);
-        self.look_at_mark(item.observed_after, site);
+        self.look_at_mark(item.observed_after, Page::Stack, site);
         let done = Some((self.asm.code.len(), self.flags.host));
         self.cold.push(Cold::Miss { miss, site, recipe, done });
         Ok(())
@@ -38,7 +39,7 @@ impl Emitter<'_> {
         let site = self.stack_site(item, false);
         let recipe = self.protect();
         self.asm.copy(true, T0, SP);
-        let miss = self.check_stack(site, false);
+        let miss = self.check_stack(false);
         self.prepare(item);
         let to = item.insn.op0_register();
         let n = to.number() as u8;
@@ -63,7 +64,7 @@ impl Emitter<'_> {
         let site = self.stack_site(item, false);
         let recipe = self.protect();
         self.asm.copy(true, T0, RBP);
-        let miss = self.check_stack(site, false);
+        let miss = self.check_stack(false);
         self.prepare(item);
         self.asm.load(T0, Place::At(T0, 0));
         self.asm.lea_plus(SP, RBP, 8);
@@ -99,7 +100,7 @@ impl Emitter<'_> {
         }
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, if push { -bytes } else { 0 });
-        let miss = self.check(site, bytes as u32, 0, push);
+        let miss = self.check(Page::Stack, bytes as u32, 0, push);
         items.iter().for_each(|item| self.prepare(item));
         for (i, item) in items.iter().enumerate() {
             let at = if push { bytes - 8 * (i as i32 + 1) } else { 8 * i as i32 };
@@ -109,7 +110,7 @@ impl Emitter<'_> {
         items.iter().for_each(|item| self.after(item, None));
         if push {
             let end = self.stack_site(last, true);
-            self.look_at_mark_of(last.observed_after, site, end);
+            self.look_at_mark(last.observed_after, Page::Stack, end);
         }
         let done = (self.asm.code.len(), self.flags.host);
         self.cold.push(Cold::Run { miss, site, items: items.to_vec(), recipe, done });
@@ -148,12 +149,7 @@ impl Emitter<'_> {
         recipe: Option<Recipe>,
         (next, restore): (usize, bool),
     ) {
-        miss.jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
-        self.flags_of(recipe);
-        self.asm.lea_rip(super::asm::host::T1, site);
-        self.asm.call_to(self.stubs.find[self.set][usize::from(miss.write)]);
-        let back = self.asm.jump();
-        self.asm.land_at(back, miss.back);
+        self.miss(miss, site, recipe, true);
         self.flags = Flags { host: false, memory: true, recipe: None };
         items.iter().for_each(|item| self.item(item));
         self.flags_to_memory();

@@ -8,7 +8,7 @@ use super::cache::CodeMemory;
 use super::flow::look_up;
 use super::{Header, Site, runtime};
 use crate::cpu::Cpu;
-use crate::mmu::{ENTRIES, Entry, MIX, Tlb};
+use crate::mmu::{ENTRIES, Entry, MIX, NO_PAGE, Remembered, Tlb};
 
 /// Guest registers that live in host registers of the same number. RSP is in [`SP`]; R9, R10, R11 and R15 are in
 /// memory.
@@ -38,14 +38,10 @@ pub(super) struct Stubs {
     pub(super) exit: u64,
     /// The same with [`Cpu::rip`] in T0 and no link.
     pub(super) exit_to: u64,
-    /// For each TLB set, for reads and writes: a memory access of the site in T1 to another page than the last one. T0 is
-    /// the linear address less the page's. Afterwards T0 is the host address; or the instruction has been done, then the
-    /// call returns 5 bytes further on. T2 is lost.
-    pub(super) fill: [[u64; 2]; 3],
-    /// The same, but never by Rust: where the TLB does not have the page, or it is written to and
-    /// holds code, the call returns 5 bytes further on.
-    pub(super) find: [[u64; 2]; 3],
-    /// For each TLB set: what the sites behind the header in T1 remember is of another epoch.
+    /// For each TLB set, for reads and writes, and whether only to find the page: a memory access of the site in T2 to
+    /// another page than the one remembered.
+    pub(super) fill: [[[Fill; 2]; 2]; 3],
+    /// For each TLB set: the pages behind the header in T1 are of another epoch.
     pub(super) forget: [u64; 3],
     /// Executes the site in T1 by its handler.
     pub(super) handler: u64,
@@ -53,6 +49,17 @@ pub(super) struct Stubs {
     pub(super) vectors: u64,
     /// A store hit the page of the mark T1, which holds code; T0 is the site. Does not come back.
     pub(super) marked: u64,
+}
+
+/// T0 is the linear address less that of the page remembered. Afterwards it is the host address; or the call returns 5
+/// bytes further on: then the instruction has been done, or (when the page was only to be found) the TLB does not have it.
+/// Pages that hold code are not remembered for writes. T1 and T2 are lost.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Fill {
+    /// T1 is where the page is remembered.
+    pub(super) page: u64,
+    /// It is the stack's.
+    pub(super) stack: u64,
 }
 
 impl Stubs {
@@ -83,16 +90,23 @@ impl Stubs {
         stubs.vectors = call(runtime::vectors as *const () as u64, true);
         stubs.marked = call(runtime::marked as *const () as u64, false);
         for set in 0..3 {
-            for write in [false, true] {
-                stubs.fill[set][usize::from(write)] = a.here();
-                fill(&mut a, Some(slow), set, write);
-                stubs.find[set][usize::from(write)] = a.here();
-                fill(&mut a, None, set, write);
+            for (write, find) in [(false, false), (false, true), (true, false), (true, true)] {
+                let way = (!find).then_some(slow);
+                let mut made = Fill { page: a.here(), stack: 0 };
+                fill(&mut a, way, set, write);
+                // The stack's page is remembered only if it may be written.
+                made.stack = a.here();
+                a.load(T1, native!(cpu));
+                let stacks = offset_of!(Cpu, tlb) + offset_of!(Tlb, stacks);
+                a.lea_plus(T1, T1, (stacks + set * size_of::<Remembered>()) as i32);
+                fill(&mut a, way, set, true);
+                stubs.fill[set][usize::from(write)][usize::from(find)] = made;
             }
             stubs.forget[set] = a.here();
             forget(&mut a, set, memory.nothing());
         }
-        let added = memory.add(&a.code);
+        debug_assert!(a.code.len() <= super::cache::STUBS);
+        let added = memory.add(&a.code, &[]);
         debug_assert!(added);
         stubs
     }
@@ -186,7 +200,7 @@ fn go_elsewhere(a: &mut Asm, exit_to: u64) {
     look_up(a, exit_to, false);
 }
 
-/// Calls `rust(cpu, T1, T0) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another
+/// Calls `rust(cpu, T1, T0, T2) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another
 /// one, anything else comes back in T1.
 fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
     save_registers(a);
@@ -201,6 +215,7 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
     a.load(RDI, native!(cpu));
     a.copy(true, RSI, T1);
     a.copy(true, RDX, T0);
+    a.copy(true, RCX, T2);
     a.set(RAX, rust);
     a.op(false, &[0xff], 2, Place::Reg(RAX));
     a.group1(false, 7, Place::Reg(RAX), runtime::LEAVE as i32);
@@ -226,16 +241,15 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
     a.code.push(0xc3);
 }
 
-/// [`Stubs::fill`]; [`Stubs::find`] where `slow` is `None`.
-fn fill(a: &mut Asm, slow: Option<u64>, set: usize, write: bool) {
+/// [`Fill`]; only to find the page where `slow` is `None`. `writable`: it must be one that may be written.
+fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
     const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
     let tlb = offset_of!(Cpu, tlb);
     let entries = tlb + offset_of!(Tlb, sets) + set * size_of::<[Entry; ENTRIES]>();
-    let tag = if write { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
-    let of_site = |offset: usize| Place::At(T1, offset as i32);
-    a.op(true, &[0x03], T0, of_site(offset_of!(Site, page)));
-    push(a, RAX);
-    push(a, RCX);
+    let tag = if writable { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
+    let page = |offset: usize| Place::At(T1, offset as i32);
+    a.op(true, &[0x03], T0, page(offset_of!(Remembered, page)));
+    [RAX, RCX, RDX].into_iter().for_each(|r| push(a, r));
     // The place in the set, as `Tlb::place` has it.
     a.copy(true, RAX, T0);
     a.shift_right(true, RAX, 12);
@@ -244,50 +258,42 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, write: bool) {
     a.op(false, &[0x33], RAX, Place::Reg(RCX));
     a.group1(false, 4, Place::Reg(RAX), ENTRIES as i32 - 1);
     a.shift_left(false, RAX, SHIFT as u8);
-    a.copy(true, T2, T0);
-    a.group1(true, 4, Place::Reg(T2), -0x1000);
-    a.copy(true, RCX, T2);
+    a.copy(true, RDX, T0);
+    a.group1(true, 4, Place::Reg(RDX), -0x1000);
+    a.copy(true, RCX, RDX);
     a.op(true, &[0x0b], RCX, Place::State(tlb + offset_of!(Tlb, generations) + set * 8));
     a.op(true, &[0x3b], RCX, Place::StateAt(RAX, entries + tag));
-    let other = a.jump_if(cc::NE);
+    let mut others = vec![a.jump_if(cc::NE)];
     a.copy(true, RCX, T0);
-    a.op(true, &[0x2b], RCX, Place::Reg(T2));
-    a.op(false, &[0x3b], RCX, of_site(offset_of!(Site, limit)));
-    let two_pages = a.jump_if(cc::A);
-    a.op(false, &[0x85], T0, of_site(offset_of!(Site, mask))); // test
-    let not_aligned = a.jump_if(cc::NE);
-    let code = (slow.is_none() && write).then(|| {
-        a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
+    a.op(true, &[0x2b], RCX, Place::Reg(RDX));
+    a.op(false, &[0x3b], RCX, Place::At(T2, offset_of!(Site, limit) as i32));
+    others.push(a.jump_if(cc::A));
+    a.op(false, &[0x85], T0, Place::At(T2, offset_of!(Site, mask) as i32)); // test
+    others.push(a.jump_if(cc::NE));
+    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
+    if writable {
         a.op(false, &[0xf6], 0, Place::At(RCX, 0)); // test byte
         a.code.push(terem_memory::CODE as u8);
-        a.jump_if(cc::NE)
-    });
-    a.store(of_site(offset_of!(Site, page)), T2);
-    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, addend)));
-    a.op(true, &[0x03], T2, Place::Reg(RCX));
-    a.store(of_site(offset_of!(Site, host)), T2);
-    a.op(true, &[0x03], T0, Place::Reg(RCX));
-    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
-    a.store(of_site(offset_of!(Site, mark)), RCX);
-    pop(a, RCX);
-    pop(a, RAX);
-    a.code.push(0xc3);
-    a.land(other);
-    a.land(two_pages);
-    a.land(not_aligned);
-    if let Some(code) = code {
-        a.land(code);
+        others.push(a.jump_if(cc::NE));
     }
-    pop(a, RCX);
-    pop(a, RAX);
+    a.store(page(offset_of!(Remembered, mark)), RCX);
+    a.store(page(offset_of!(Remembered, page)), RDX);
+    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, addend)));
+    a.op(true, &[0x03], RDX, Place::Reg(RCX));
+    a.store(page(offset_of!(Remembered, host)), RDX);
+    a.op(true, &[0x03], T0, Place::Reg(RCX));
+    [RDX, RCX, RAX].into_iter().for_each(|r| pop(a, r));
+    a.code.push(0xc3);
+    others.into_iter().for_each(|j| a.land(j));
+    [RDX, RCX, RAX].into_iter().for_each(|r| pop(a, r));
     if let Some(slow) = slow {
         push(a, T1);
         a.call_to(slow);
         a.op(false, &[0x85], T1, Place::Reg(T1)); // test
         pop(a, T1);
         let done = a.jump_if(cc::NE);
-        a.op(true, &[0x2b], T0, of_site(offset_of!(Site, page)));
-        a.op(true, &[0x03], T0, of_site(offset_of!(Site, host)));
+        a.op(true, &[0x2b], T0, page(offset_of!(Remembered, page)));
+        a.op(true, &[0x03], T0, page(offset_of!(Remembered, host)));
         a.code.push(0xc3);
         a.land(done);
     }
@@ -301,15 +307,15 @@ fn forget(a: &mut Asm, set: usize, nothing: u64) {
     push(a, RCX);
     a.load(RAX, Place::State(offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + set * 8));
     a.store(Place::At(T1, offset_of!(Header, epoch) as i32), RAX);
-    a.load(RCX, Place::At(T1, offset_of!(Header, sites) as i32));
+    a.load(RCX, Place::At(T1, offset_of!(Header, pages) as i32));
     a.lea_plus(T1, T1, size_of::<Header>() as i32);
-    a.set(T0, super::NO_PAGE);
+    a.set(T0, NO_PAGE);
     a.set(T2, nothing);
     let first = a.jump();
     let again = a.code.len();
-    a.store(Place::At(T1, offset_of!(Site, page) as i32), T0);
-    a.store(Place::At(T1, offset_of!(Site, host) as i32), T2);
-    a.lea_plus(T1, T1, size_of::<Site>() as i32);
+    a.store(Place::At(T1, offset_of!(Remembered, page) as i32), T0);
+    a.store(Place::At(T1, offset_of!(Remembered, host) as i32), T2);
+    a.lea_plus(T1, T1, size_of::<Remembered>() as i32);
     a.land(first);
     a.group1(true, 5, Place::Reg(RCX), 1); // sub
     let more = a.jump_if(cc::AE);

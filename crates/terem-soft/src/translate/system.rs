@@ -6,6 +6,7 @@ use std::mem::offset_of;
 
 use terem_cpu::{Msrs, Segment, VcpuState, rflags};
 
+use super::access::Page;
 use super::analyse::{Item, Kind};
 use super::asm::host::{SP, T0, T1, T2};
 use super::asm::{Place, cc};
@@ -94,7 +95,7 @@ impl Emitter<'_> {
         self.flags_to_memory();
         self.flags.host = false;
         self.asm.lea_plus(T0, SP, -8);
-        let miss = self.check_stack(site, true);
+        let miss = self.check_stack(true);
         self.asm.op(false, &[0x0f, 0xb6], T2, Place::State(offset_of!(Cpu, ah))); // movzx
         self.asm.group1(false, 4, Place::Reg(T2), 0xd5);
         self.asm.op(false, &[0x0f, 0xb6], T1, Place::State(offset_of!(Cpu, of)));
@@ -105,7 +106,7 @@ impl Emitter<'_> {
         self.asm.group1(true, 1, Place::Reg(T2), rflags::FIXED as i32);
         self.asm.store(Place::At(T0, 0), T2);
         self.asm.lea_plus(SP, SP, -8);
-        self.look_at_mark(false, site);
+        self.look_at_mark(false, Page::Stack, site);
         let done = Some((self.asm.code.len(), false));
         self.cold.push(Cold::Miss { miss, site, recipe: None, done });
     }

@@ -93,6 +93,7 @@ impl SoftAccelerator {
             fpu: Fpu::default(),
             op_end: std::ptr::null(),
             window: self.memory.window_base() as u64,
+            low_ram: self.memory.ram().iter().find(|r| r.base == 0).map_or(0, |r| r.size),
             marks: self.memory.marks().as_ptr(),
             tlb: Tlb::new(),
             mode: crate::decode::Mode::REAL,

@@ -116,6 +116,8 @@ pub struct Cpu {
     pub(crate) op_end: *const Op,
     /// First host address of guest memory.
     pub(crate) window: u64,
+    /// The end of the RAM that begins at 0.
+    pub(crate) low_ram: u64,
     /// The marks of guest memory's pages.
     pub(crate) marks: *const AtomicU32,
     pub(crate) tlb: Tlb,

@@ -27,10 +27,10 @@ pub enum Access {
 pub const PAGE_MASK: u64 = !0xfff;
 
 /// Entries of each set.
-pub(crate) const ENTRIES: usize = 2048;
-/// Right shift of a page number whose result is mixed into its place, so that arrays at a multiple of 8 MiB from each
+pub(crate) const ENTRIES: usize = 4096;
+/// Right shift of a page number whose result is mixed into its place, so that arrays at a multiple of 16 MiB from each
 /// other do not fight for the same entries.
-pub(crate) const MIX: u32 = 11;
+pub(crate) const MIX: u32 = 12;
 /// Entries for fetches.
 const CODE_ENTRIES: usize = 256;
 /// A tag that nothing matches: generation 0xfff is never used.
@@ -429,7 +429,8 @@ impl Cpu {
     /// The host address of a physical address of RAM.
     #[inline]
     pub(crate) fn ram(&self, physical: u64) -> Option<*mut u8> {
-        self.memory.is_ram(physical, 1).then(|| (self.window + physical) as *mut u8)
+        let low = physical < self.low_ram;
+        (low || self.memory.is_ram(physical, 1)).then(|| (self.window + physical) as *mut u8)
     }
 
     /// The TLB set for the present privilege, to be called when CPL, CR0, CR4, EFER or AC changed.

@@ -23,7 +23,7 @@ const MAX_LEN: usize = 15;
 /// Decoded instructions kept by one vCPU (about 7 MiB); more, and all are dropped.
 const MAX_OPS: usize = 600_000;
 /// Entries of the table by linear address.
-const LINEAR_ENTRIES: usize = 8192;
+const LINEAR_ENTRIES: usize = 32768;
 
 /// A run of decoded instructions.
 pub(crate) struct Block {

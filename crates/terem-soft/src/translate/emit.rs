@@ -59,7 +59,7 @@ pub(super) enum Cold {
     /// Leaves by a link.
     Leave { jumps: Vec<Jump>, link: u32 },
     /// A conditional jump to another page.
-    Cross { jump: Jump, offset: i64 },
+    Cross { jump: Jump, offset: i64, saves: bool },
 }
 
 /// What can go wrong while emitting; the instruction is left to its handler then.
@@ -619,8 +619,11 @@ impl<'a> Emitter<'a> {
                 self.asm.set(T1, u64::from(link));
                 self.asm.jump_to(self.stubs.exit);
             }
-            Cold::Cross { jump, offset } => {
+            Cold::Cross { jump, offset, saves } => {
                 self.asm.land(jump);
+                if saves {
+                    self.asm.save_flags();
+                }
                 self.cross_link(offset, false);
             }
         }

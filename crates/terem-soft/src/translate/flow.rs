@@ -164,12 +164,10 @@ impl Emitter<'_> {
         self.vectors = false;
     }
 
+    /// What follows a jump that is not taken finds the flags where they are; whoever is jumped to, in the vCPU's state.
     fn jump_if(&mut self, item: &Item) {
         self.ensure_host();
-        if !item.taken_kills && !self.flags.memory {
-            self.asm.save_flags();
-            self.flags.memory = true;
-        }
+        let saves = !item.taken_kills && !self.flags.memory;
         let condition = match item.insn.condition_code() {
             ConditionCode::None => return,
             c => c as u8 - 1,
@@ -177,10 +175,13 @@ impl Emitter<'_> {
         let target = item.insn.near_branch_target() as i64;
         if !(0..0x1000).contains(&target) {
             let jump = self.asm.jump_if(condition);
-            self.cold.push(Cold::Cross { jump, offset: target });
-        } else if target <= i64::from(item.start()) {
+            self.cold.push(Cold::Cross { jump, offset: target, saves });
+        } else if target <= i64::from(item.start()) || saves {
             let over = self.asm.jump_if(condition ^ 1);
-            self.link(target, false, true);
+            if saves {
+                self.asm.save_flags();
+            }
+            self.link(target, false, target <= i64::from(item.start()));
             self.asm.land(over);
         } else {
             let jump = self.asm.jump_if(condition);

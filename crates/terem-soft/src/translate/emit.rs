@@ -47,7 +47,7 @@ pub(super) enum Cold {
     /// There are too many frames of calls.
     TooDeep { jump: Jump, back: usize },
     /// A return that is not from the last call.
-    Mismatch { jump: Jump, back: usize },
+    Mismatch { jump: Jump },
     /// The XMM registers have to be loaded.
     Vectors { jump: Jump, back: usize, site: u64, recipe: Option<Recipe> },
     /// Leaves for an offset of the page.
@@ -582,13 +582,12 @@ impl<'a> Emitter<'a> {
                 self.asm.load(RSP, native!(stack_bottom));
                 self.back(back, false);
             }
-            Cold::Mismatch { jump, back } => {
+            Cold::Mismatch { jump } => {
                 self.asm.land(jump);
                 self.asm.op(true, &[0x3b], RSP, native!(stack_bottom));
-                let bottom = self.asm.jump_if(cc::E);
-                self.asm.land_at(bottom, back);
+                self.asm.jump_if_to(cc::E, self.stubs.look_up);
                 self.asm.lea_plus(RSP, RSP, 16);
-                self.back(back, false);
+                self.asm.jump_to(self.stubs.look_up);
             }
             Cold::Vectors { jump, back, site, recipe } => {
                 self.asm.land(jump);

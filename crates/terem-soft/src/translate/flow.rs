@@ -71,8 +71,7 @@ impl Emitter<'_> {
                 self.asm.group1(true, 4, Place::Reg(T0), -0x1000);
                 self.asm.store(slot(IP_REG), T0);
                 self.asm.code.push(0xc3);
-                self.cold.push(Cold::Mismatch { jump, back: self.asm.code.len() });
-                self.indirect(false);
+                self.cold.push(Cold::Mismatch { jump });
                 Ok(())
             }
             _ => self.jump_to(item, item.kind == Kind::CallTo),

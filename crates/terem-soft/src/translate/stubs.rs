@@ -38,6 +38,8 @@ pub(super) struct Stubs {
     pub(super) exit: u64,
     /// The same with [`Cpu::rip`] in T0 and no link.
     pub(super) exit_to: u64,
+    /// Goes to the translation at the linear address in T0, or leaves for there.
+    pub(super) look_up: u64,
     /// For each TLB set, for reads and writes, and whether only to find the page: a memory access of the site in T2 to
     /// another page than the one remembered.
     pub(super) fill: [[[Fill; 2]; 2]; 3],
@@ -78,7 +80,7 @@ impl Stubs {
         stubs.enter = a.here();
         enter(&mut a, stubs.exit_to);
         let elsewhere = a.code.len();
-        go_elsewhere(&mut a, stubs.exit_to);
+        stubs.look_up = go_elsewhere(&mut a, stubs.exit_to);
         let ways = Ways { leave, elsewhere };
         let mut call = |rust: u64, vectors: bool| {
             let at = a.here();
@@ -192,12 +194,14 @@ struct Ways {
     elsewhere: usize,
 }
 
-/// Goes to the translation at [`Cpu::rip`]; the frames of calls are gone.
-fn go_elsewhere(a: &mut Asm, exit_to: u64) {
+/// Goes to the translation at [`Cpu::rip`]; the frames of calls are gone. Gives where it looks for the address in T0.
+fn go_elsewhere(a: &mut Asm, exit_to: u64) -> u64 {
     a.load(RSP, native!(stack_bottom));
     load_registers(a);
     a.load(T0, Place::State(offset_of!(Cpu, rip)));
+    let look = a.here();
     look_up(a, exit_to, false);
+    look
 }
 
 /// Calls `rust(cpu, T1, T0, T2) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another

@@ -136,6 +136,9 @@ pub struct Msrs {
     pub tsc_aux: u64,
     pub tsc_adjust: u64,
     pub misc_enable: u64,
+    /// Absent in states saved before it was kept.
+    #[serde(default)]
+    pub debugctl: u64,
     pub mtrr_def_type: u64,
     /// 64K, 16K × 2, 4K × 8.
     pub mtrr_fixed: [u64; 11],
@@ -160,6 +163,7 @@ impl Default for Msrs {
             tsc_aux: 0,
             tsc_adjust: 0,
             misc_enable: 1,
+            debugctl: 0,
             mtrr_def_type: 0,
             mtrr_fixed: [0; 11],
             mtrr_variable: [(0, 0); 8],

@@ -111,7 +111,11 @@ impl SoftAccelerator {
             idtr: fresh.idtr,
             msrs: fresh.msrs.clone(),
             tsc_offset: 0,
+            watches: crate::watch::Watches::default(),
             interrupt_shadow: false,
+            shadow_of_stack: false,
+            steps_over: false,
+            deferred: None,
             nmi_masked: false,
             halted: false,
             waiting_for_start_up: false,
@@ -187,6 +191,8 @@ impl Cpu {
         self.halted = s.mp_state == MpState::Halted;
         self.waiting_for_start_up = s.mp_state == MpState::WaitForStartUp;
         self.interrupt_shadow = s.interrupt_shadow;
+        self.shadow_of_stack = false;
+        self.deferred = None;
         self.nmi_masked = s.nmi_masked;
         self.shut_down = false;
         self.cpl = if !protected {
@@ -200,6 +206,7 @@ impl Cpu {
         self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
         self.blocks.clear();
         self.flush_tlb();
+        self.refresh_watches();
         self.refresh_mode();
         Ok(())
     }

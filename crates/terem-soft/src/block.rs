@@ -25,6 +25,9 @@ const MAX_OPS: usize = 600_000;
 /// Entries of the table by linear address.
 const LINEAR_ENTRIES: usize = 32768;
 
+/// In a block's key: one instruction only, for pages with breakpoints.
+const STEPPED: u32 = 1 << 31;
+
 /// A run of decoded instructions.
 pub(crate) struct Block {
     /// None once it is translated; [`Cpu::decode_again`] brings them back.
@@ -131,11 +134,16 @@ impl BlockCache {
         self.ops = self.by_physical.values().map(|b| b.ops().len()).sum();
     }
 
+    /// Forgets at which linear addresses blocks are.
+    pub(crate) fn forget_places(&mut self) {
+        self.by_linear.fill(NO_BLOCK);
+    }
+
     /// Forgets where translations are.
     pub(crate) fn drop_translations(&self) {
         for block in self.by_physical.values() {
             block.runs.set(0);
-            block.code.iter().for_each(|c| c.set(0));
+            block.code.iter().filter(|c| c.get() != u64::MAX).for_each(|c| c.set(0));
         }
     }
 }
@@ -191,10 +199,14 @@ impl Cpu {
 
     #[inline(never)]
     fn find_block_slow(&mut self, linear: u64) -> Exec<*const Block> {
-        self.fetch_allowed(linear)?;
         let linear = self.wrap(linear);
+        let stepped = self.watches.execute_on(linear);
+        if stepped {
+            self.check_breakpoints(linear)?;
+        }
+        self.fetch_allowed(linear)?;
         let physical = self.translate(linear, Access::Execute)?;
-        let key = (physical, self.mode_key);
+        let key = (physical, self.mode_key | if stepped { STEPPED } else { 0 });
         if let Some(known) = self.blocks.by_physical.get(&key)
             && self.fresh(known)
         {
@@ -206,11 +218,11 @@ impl Cpu {
                     == second
             {
                 let block = std::ptr::from_ref(block_of(&self.blocks, &key));
-                self.remember(linear, physical, block, second != physical >> 12);
+                self.remember(linear, physical, block, stepped || second != physical >> 12);
                 return Ok(block);
             }
         }
-        let block = self.decode_block(linear, physical)?;
+        let block = self.decode_block(linear, physical, stepped)?;
         if self.ram(physical).is_none() {
             return Ok(&raw const **self.blocks.passing.insert(Box::new(block)));
         }
@@ -218,7 +230,7 @@ impl Cpu {
             self.blocks.make_room();
         }
         self.blocks.ops += block.ops().len();
-        let crosses = block.pages[0].0 != block.pages[1].0;
+        let passing = stepped || block.pages[0].0 != block.pages[1].0;
         // A block that is no longer right is replaced in its place: the table by linear address points there.
         match self.blocks.by_physical.get_mut(&key) {
             Some(old) => {
@@ -230,13 +242,14 @@ impl Cpu {
             }
         }
         let block = std::ptr::from_ref(block_of(&self.blocks, &key));
-        self.remember(linear, physical, block, crosses);
+        self.remember(linear, physical, block, passing);
         Ok(block)
     }
 
-    fn remember(&mut self, linear: u64, physical: u64, block: *const Block, crosses: bool) {
-        // The second page's mapping is checked each time, so such blocks are not found by linear address.
-        if !crosses {
+    fn remember(&mut self, linear: u64, physical: u64, block: *const Block, passing: bool) {
+        // A second page's mapping, and breakpoints, are looked at each time: such blocks are not found by linear
+        // address.
+        if !passing {
             let at = (linear ^ linear >> 13) as usize % LINEAR_ENTRIES;
             self.blocks.by_linear[at] = ByLinear { linear, physical, mode: self.mode_key, block };
         }
@@ -254,7 +267,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn decode_block(&mut self, linear: u64, physical: u64) -> Exec<Block> {
+    fn decode_block(&mut self, linear: u64, physical: u64, stepped: bool) -> Exec<Block> {
         self.stats.blocks_decoded += 1;
         let (mut bytes, mut have) = ([0; BLOCK_BYTES + MAX_LEN], 0);
         let on_page = (0x1000 - (physical as usize & 0xfff)).min(BLOCK_BYTES);
@@ -294,7 +307,7 @@ impl Cpu {
             };
             offset += usize::from(op.len);
             ops.push(op);
-            if last || self.mode.single || pages[0].0 != pages[1].0 {
+            if last || self.mode.single || stepped || pages[0].0 != pages[1].0 {
                 break;
             }
         }
@@ -303,7 +316,8 @@ impl Cpu {
             ops: Cell::new(ops.into_boxed_slice()),
             pages,
             runs: Cell::new(0),
-            code: [const { Cell::new(0) }; 3],
+            // A translation would go on beyond the one instruction.
+            code: [const { Cell::new(0) }; 3].map(|c| if stepped { Cell::new(u64::MAX) } else { c }),
         })
     }
 
@@ -313,7 +327,7 @@ impl Cpu {
     /// What fetching from there gives.
     pub(crate) fn decode_again(&mut self, block: &Block) -> Exec {
         let linear = self.segment_base[terem_cpu::VcpuState::CS].wrapping_add(self.rip);
-        let new = self.decode_block(linear, block.pages[0].0 << 12 | linear & !PAGE_MASK)?;
+        let new = self.decode_block(linear, block.pages[0].0 << 12 | linear & !PAGE_MASK, false)?;
         self.blocks.ops += new.ops().len();
         block.ops.set(new.ops.take());
         Ok(())

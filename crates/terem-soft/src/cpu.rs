@@ -12,6 +12,7 @@ use crate::block::BlockCache;
 use crate::decode::{InstructionSet, Mode};
 use crate::mmu::Tlb;
 use crate::op::{IP_REG, Op};
+use crate::watch::Watches;
 use crate::x87::Fpu;
 
 /// A 128-bit vector register.
@@ -152,8 +153,16 @@ pub struct Cpu {
     /// TSC minus the virtual clock (ns).
     pub tsc_offset: u64,
 
+    /// Break- and watchpoints.
+    pub(crate) watches: Watches,
     /// Interrupts are held back until the next instruction is done.
     pub(crate) interrupt_shadow: bool,
+    /// That shadow is of a load of SS, which holds back debug exceptions as well.
+    pub(crate) shadow_of_stack: bool,
+    /// `syscall` has cleared TF: it is not stepped over.
+    pub(crate) steps_over: bool,
+    /// An exception to be raised before the next instruction, in the context that the last one went to.
+    pub(crate) deferred: Option<crate::fault::Fault>,
     pub(crate) nmi_masked: bool,
     pub(crate) halted: bool,
     pub(crate) waiting_for_start_up: bool,

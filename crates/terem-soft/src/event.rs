@@ -32,11 +32,18 @@ impl Cpu {
     /// Delivers `fault`; `own` and `next` are RIP of the instruction that raised it and of the one after.
     pub(crate) fn raise(&mut self, fault: Fault, own: u64, next: u64) -> Result<(), Shutdown> {
         self.stats.events += 1;
+        // A trap's instruction is done, whatever comes of telling it.
+        let own = if fault.kind == Kind::Trap { next } else { own };
         let mut current = fault;
         loop {
             let rip = if current.kind == Kind::Fault { own } else { next };
             let cr2 = self.cr2;
-            let Err(second) = self.deliver(current, rip) else { return Ok(()) };
+            let Err(second) = self.deliver(current, rip) else {
+                if current.vector == vector::DB {
+                    self.debug_exception_taken();
+                }
+                return Ok(());
+            };
             tracing::debug!(?current, ?second, rip, cr2, "fault while delivering");
             let first = current.vector;
             let (a, b) = (contributory(first), contributory(second.vector));
@@ -441,6 +448,7 @@ impl Cpu {
     fn after_return(&mut self) {
         self.nmi_masked = false;
         self.refresh_mode();
+        self.settle_resume_flag();
         self.apic.accepts_more();
     }
 

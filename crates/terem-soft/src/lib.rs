@@ -39,6 +39,7 @@ mod system;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod watch;
 mod x87;
 
 #[cfg(test)]

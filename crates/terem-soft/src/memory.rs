@@ -4,7 +4,7 @@
 //! hardware's memory model has it (which is the guest's own).
 
 use crate::cpu::Cpu;
-use crate::fault::{Exec, Fault};
+use crate::fault::{Exec, Fault, vector};
 use crate::mmu::{Access, PAGE_MASK};
 use crate::op::{ADDR16, ADDR32, CHECKED, Op};
 
@@ -176,6 +176,9 @@ impl Cpu {
         let size = T::SIZE;
         let on_page = 0x1000 - (linear & !PAGE_MASK);
         self.canonical(linear, size, segment)?;
+        if self.tlb.strict() {
+            self.aligned(linear, size, Access::Read)?;
+        }
         if on_page >= size {
             self.load_piece(linear, &mut bytes[..size as usize])?;
         } else {
@@ -185,6 +188,9 @@ impl Cpu {
             self.translate(self.wrap(linear.wrapping_add(on_page)), Access::Read)?;
             self.load_piece(linear, a)?;
             self.load_piece(self.wrap(linear.wrapping_add(on_page)), b)?;
+        }
+        if self.watches.data() {
+            self.data_accessed(self.wrap(linear), size, false);
         }
         Ok(T::from_bytes(&bytes))
     }
@@ -196,6 +202,12 @@ impl Cpu {
         let size = T::SIZE;
         let on_page = 0x1000 - (linear & !PAGE_MASK);
         self.canonical(linear, size, segment)?;
+        if self.tlb.strict() {
+            self.aligned(linear, size, Access::Write)?;
+        }
+        if self.watches.data() {
+            self.data_accessed(self.wrap(linear), size, true);
+        }
         if on_page >= size {
             return self.store_piece(linear, &bytes[..size as usize]);
         }
@@ -245,12 +257,30 @@ impl Cpu {
             return Ok(Some(linear.wrapping_add(entry.addend) as *mut u8));
         }
         self.canonical(linear, size, segment)?;
+        if self.tlb.strict() {
+            self.aligned(linear, size, Access::Write)?;
+        }
         let physical = self.translate(linear, Access::Write)?;
+        if self.watches.data() {
+            self.data_accessed(self.wrap(linear), size, true);
+        }
         if 0x1000 - (linear & !PAGE_MASK) < size {
             self.translate(self.wrap(linear.wrapping_add(size - 1) & PAGE_MASK), Access::Write)?;
             return Ok(None);
         }
         Ok(self.ram(physical))
+    }
+
+    /// `#AC(0)` unless `linear` is a multiple of `size` (2, 4 or 8 bytes; larger operands have rules of their own).
+    /// What paging says comes first.
+    #[cold]
+    fn aligned(&mut self, linear: u64, size: u64, access: Access) -> Exec {
+        if size > 8 || linear & (size - 1) == 0 {
+            return Ok(());
+        }
+        self.translate(linear, access)?;
+        self.translate(self.wrap(linear.wrapping_add(size - 1)), access)?;
+        Err(Fault::with_code(vector::AC, 0))
     }
 
     /// Checks that `size` bytes at `linear` are canonical (in 64-bit mode).

@@ -126,6 +126,8 @@ pub(crate) struct Tlb {
     set: usize,
     /// Generation of the present context.
     generation: u64,
+    /// Accesses to data are checked for alignment: none finds an entry.
+    strict: bool,
     /// Generation of what is global.
     of_globals: u64,
     /// Whether global pages are on (CR4.PGE).
@@ -173,6 +175,7 @@ impl Tlb {
             code: [[NO_CODE; CODE_ENTRIES]; 2],
             set: 0,
             generation: 1,
+            strict: false,
             of_globals: 1,
             globals: false,
             passing: Vec::new(),
@@ -284,10 +287,18 @@ impl Tlb {
 
     fn use_generations(&mut self) {
         let kernel = if self.globals { self.of_globals } else { self.generation };
-        self.generations = [kernel, self.generation, self.generation];
+        // No entry has generation 0.
+        let user = if self.strict { 0 } else { self.generation };
+        self.generations = [kernel, self.generation, user];
         let [context, global] = self.data;
         self.data_epochs = [if self.globals { global } else { context }, context, context];
         self.stacks.iter_mut().for_each(|s| s.page = NO_PAGE);
+    }
+
+    /// Whether accesses to data are checked for alignment.
+    #[inline(always)]
+    pub(crate) fn strict(&self) -> bool {
+        self.strict
     }
 
     /// Forgets everything of all contexts; `globals` says whether there are global pages from now on.
@@ -443,6 +454,11 @@ impl Cpu {
             1
         };
         self.tlb.set = set;
+        let strict = set == USER && self.cr0 & cr0::AM != 0 && self.system_flags & rflags::AC != 0;
+        if strict != self.tlb.strict {
+            self.tlb.strict = strict;
+            self.tlb.use_generations();
+        }
         self.refresh_jump_key();
     }
 
@@ -480,7 +496,8 @@ impl Cpu {
         let supervisor = set != USER;
         // Supervisor data accesses to user pages are not for the set under SMAP, and fetches from them not
         // for either under SMEP.
-        let data = if supervisor { !(set == KERNEL && m.user) } else { m.user };
+        let data = if supervisor { !(set == KERNEL && m.user) } else { m.user && !self.tlb.strict }
+            && !self.watches.data_on(linear);
         let page = Permitted {
             data,
             write: data && m.dirty && (m.writable || (supervisor && self.cr0 & cr0::WP == 0)),

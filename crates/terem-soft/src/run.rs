@@ -39,6 +39,7 @@ impl Cpu {
                     self.native.link = NO_LINK;
                     self.execute(known)
                 }
+                Err(_) if self.watches.stopped() => return Stop::Kicked,
                 Err(fault) => {
                     let rip = self.rip;
                     self.native.link = NO_LINK;
@@ -72,6 +73,7 @@ impl Cpu {
         // SAFETY: one past the slice's last element.
         let end = unsafe { at.add(ops.len()) };
         let shadow = std::mem::take(&mut self.interrupt_shadow);
+        let stepping = self.mode.single.then_some(self.system_flags);
         // What waits for the end of an interrupt shadow comes after one instruction, not after a block: a
         // guest may open its window for interrupts by `sti; nop; cli`.
         // SAFETY: a block has at least one instruction.
@@ -95,21 +97,10 @@ impl Cpu {
         if shadow && self.system_flags & rflags::IF != 0 {
             self.apic.accepts_more();
         }
-        if self.mode.single {
-            self.single_stepped(&ops[done - 1])?;
+        if stepping.is_some() || self.watches.pending() {
+            self.trapped(&ops[done - 1], stepping)?;
         }
         Ok(())
-    }
-
-    /// `#DB` after an instruction that began with TF set.
-    #[cold]
-    fn single_stepped(&mut self, op: &Op) -> Result<(), Shutdown> {
-        // A repeated string instruction that is not through traps after each of its rounds, as it should.
-        let own = self.op_rip(op);
-        self.debug[4] |= 1 << 14;
-        let trap = Fault { kind: Kind::Trap, vector: vector::DB, has_code: false, code: 0 };
-        let next = self.rip;
-        self.raise(trap, own, next)
     }
 
     #[cold]
@@ -117,6 +108,9 @@ impl Cpu {
     pub(crate) fn faulted(&mut self, fault: Fault, op: &Op) -> Result<(), Shutdown> {
         let (own, next) = (self.wrap_rip(self.op_rip(op)), self.wrap_rip(self.next_rip(op)));
         self.rip = own;
+        if fault.kind == Kind::Fault {
+            self.discard_hits();
+        }
         #[cfg(test)]
         if self.catches {
             self.caught = Some((fault, own));
@@ -139,6 +133,15 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn attend(&mut self) -> Option<Stop> {
+        if self.watches.stopped() {
+            return Some(Stop::Kicked);
+        }
+        if let Some(fault) = self.deferred.take()
+            && self.raise(fault, self.rip, self.rip).is_err()
+        {
+            self.shut_down = true;
+            return Some(self.shutdown());
+        }
         loop {
             let accepts = Accepts {
                 interrupts: self.system_flags & rflags::IF != 0 && !self.interrupt_shadow,
@@ -195,6 +198,7 @@ impl Cpu {
         (self.cr2, self.cr3, self.cr4) = (0, 0, 0);
         self.msrs.efer = 0;
         self.debug = fresh.debug;
+        self.refresh_watches();
         self.rip = fresh.rip;
         self.cpl = 0;
         self.system_flags = 0;

@@ -89,7 +89,7 @@ impl Cpu {
                 Unit::On
             },
             wait: if has(cr0::MP) && has(cr0::TS) { Unit::NotAvailable } else { Unit::On },
-            single: self.system_flags & rflags::TF != 0,
+            single: self.system_flags & rflags::TF != 0 || self.watches.stepping(),
         };
         if mode != self.mode {
             self.mode = mode;

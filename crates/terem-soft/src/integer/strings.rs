@@ -117,8 +117,15 @@ fn count_down<A: Int>(cpu: &mut Cpu, n: u64) {
 fn again<A: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     if A::get(cpu, CX) != A::default() {
         cpu.rip = cpu.wrap_rip(cpu.op_rip(op));
+        cpu.resume_string();
     }
     Ok(())
+}
+
+/// Whether debug exceptions want the instruction to stop after this round.
+#[inline(always)]
+fn traps_between(cpu: &Cpu) -> bool {
+    cpu.mode.single || cpu.watches.pending()
 }
 
 /// How many elements from `offset` upward lie on one page (of `linear`) and do not wrap the offset.
@@ -150,6 +157,9 @@ fn rep_movs<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         movs::<A, W>(cpu, op)?;
         count_down::<A>(cpu, 1);
         elements += 1;
+        if traps_between(cpu) {
+            break;
+        }
     }
     again::<A>(cpu, op)
 }
@@ -157,7 +167,7 @@ fn rep_movs<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 /// Moves as many elements as lie on one page on both sides; 0 where that cannot be done at once.
 #[inline(always)]
 fn move_chunk<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec<u64> {
-    if down(cpu) {
+    if down(cpu) || cpu.mode.single {
         return Ok(0);
     }
     let (Ok(from), Ok(to)) = (place::<A>(cpu, op, SI, 1, false), place::<A>(cpu, op, DI, 1, true)) else {
@@ -213,13 +223,16 @@ unsafe fn copy_upward<W: Int>(source: *const u8, target: *mut u8, n: u64) {
     }
 }
 
-/// The host address of `linear`, if it is in RAM. A fault is the guest's.
+/// The host address of `linear`, if it is in RAM and its accesses need no look. A fault is the guest's.
 #[inline(always)]
 fn page_of_ram(cpu: &mut Cpu, linear: u64, access: Access) -> Exec<Option<*mut u8>> {
     if cpu.long_mode() && (linear as i64) << 16 >> 16 != linear as i64 {
         return Ok(None); // the way for single elements knows the right fault
     }
     let linear = cpu.wrap(linear);
+    if cpu.tlb.strict() || cpu.watches.data_on(linear) {
+        return Ok(None);
+    }
     let physical = cpu.translate(linear, access)?;
     Ok(cpu.ram(physical))
 }
@@ -242,6 +255,9 @@ fn rep_stos<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         stos::<A, W>(cpu, op)?;
         count_down::<A>(cpu, 1);
         elements += 1;
+        if traps_between(cpu) {
+            break;
+        }
     }
     again::<A>(cpu, op)
 }
@@ -249,7 +265,7 @@ fn rep_stos<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 /// Fills as many elements as lie on one page; 0 where that cannot be done at once.
 #[inline(always)]
 fn fill_chunk<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec<u64> {
-    if down(cpu) {
+    if down(cpu) || cpu.mode.single {
         return Ok(0);
     }
     let Ok(to) = place::<A>(cpu, op, DI, 1, true) else { return Ok(0) };
@@ -312,6 +328,9 @@ fn rep_lods<A: Int, W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         }
         lods::<A, W>(cpu, op)?;
         count_down::<A>(cpu, 1);
+        if traps_between(cpu) {
+            break;
+        }
     }
     again::<A>(cpu, op)
 }
@@ -327,6 +346,9 @@ fn compare_all<A: Int>(cpu: &mut Cpu, op: &Op, one: impl Fn(&mut Cpu, &Op) -> Ex
         count_down::<A>(cpu, 1);
         if u16::from(cpu.ah >> 6 & 1) != op.extra {
             return Ok(());
+        }
+        if traps_between(cpu) {
+            break;
         }
     }
     again::<A>(cpu, op)

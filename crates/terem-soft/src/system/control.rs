@@ -132,6 +132,7 @@ fn debug_index(cpu: &Cpu, n: u8) -> Exec<usize> {
 fn mov_from_dr(cpu: &mut Cpu, op: &Op) -> Exec {
     let index = debug_index(cpu, op.reg)?;
     cpu.privileged()?;
+    cpu.debug_registers_guarded()?;
     cpu.set_gpr(op.rm, u64::from(op.extra), cpu.debug[index]);
     Ok(())
 }
@@ -139,6 +140,7 @@ fn mov_from_dr(cpu: &mut Cpu, op: &Op) -> Exec {
 fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Exec {
     let index = debug_index(cpu, op.reg)?;
     cpu.privileged()?;
+    cpu.debug_registers_guarded()?;
     let value = operand(cpu, op);
     cpu.debug[index] = match index {
         4 | 5 if value >> 32 != 0 => return Err(Fault::GP0),
@@ -146,6 +148,7 @@ fn mov_to_dr(cpu: &mut Cpu, op: &Op) -> Exec {
         5 => value & 0xffff_2fff | 0x400,
         _ => value,
     };
+    cpu.refresh_watches();
     Ok(())
 }
 
@@ -217,6 +220,9 @@ impl Cpu {
             return Err(Fault::GP0);
         }
         self.cr4 = value;
+        if changed & cr4::DE != 0 {
+            self.refresh_watches();
+        }
         if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
             self.flush_tlb();
         }
@@ -355,6 +361,7 @@ fn sti(cpu: &mut Cpu, _: &Op) -> Exec {
     if cpu.system_flags & rflags::IF == 0 {
         cpu.system_flags |= rflags::IF;
         cpu.interrupt_shadow = true;
+        cpu.shadow_of_stack = false;
         cpu.apic.accepts_more();
     }
     Ok(())

@@ -103,7 +103,8 @@ impl Cpu {
         let segment = |i: usize| self.segments[i].base;
         Some(match number {
             nr::TSC => self.tsc(),
-            nr::PLATFORM_ID | nr::BIOS_SIGN_ID | nr::MCG_STATUS | nr::DEBUGCTL => 0,
+            nr::PLATFORM_ID | nr::BIOS_SIGN_ID | nr::MCG_STATUS => 0,
+            nr::DEBUGCTL => m.debugctl,
             nr::MCG_CAP => 0, // no banks
             nr::APIC_BASE => self.apic.base_msr(),
             nr::TSC_ADJUST => m.tsc_adjust,
@@ -201,7 +202,9 @@ impl Cpu {
             nr::GS_BASE if canonical => self.set_segment_base(5, value),
             nr::KERNEL_GS_BASE if canonical => m.kernel_gs_base = value,
             nr::TSC_AUX if value >> 32 == 0 => m.tsc_aux = value,
-            nr::AMD_PATCH_LEVEL | nr::MCG_STATUS | nr::DEBUGCTL => {}
+            nr::AMD_PATCH_LEVEL | nr::MCG_STATUS => {}
+            // LBR, BTF and the PBi pins (AMD APM vol. 2, 13.1.1.6).
+            nr::DEBUGCTL if value >> 6 == 0 => m.debugctl = value,
             nr::AMD_SYSCFG
             | nr::AMD_HWCR
             | nr::AMD_NB_CFG

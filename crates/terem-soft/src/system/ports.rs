@@ -86,6 +86,7 @@ fn port_in(cpu: &mut Cpu, op: &Op) -> Exec {
     let port = port(cpu, op);
     cpu.port_allowed(port, op.extra)?;
     let value = cpu.bus.ports.read(u64::from(port), op.extra as u8);
+    cpu.ports_accessed(port, op.extra);
     match op.extra {
         1 => cpu.gpr[0] = cpu.gpr[0] & !0xff | value & 0xff,
         n => cpu.set_gpr(0, u64::from(n), value),
@@ -97,6 +98,7 @@ fn port_out(cpu: &mut Cpu, op: &Op) -> Exec {
     let port = port(cpu, op);
     cpu.port_allowed(port, op.extra)?;
     cpu.bus.ports.write(u64::from(port), op.extra as u8, cpu.gpr[0]);
+    cpu.ports_accessed(port, op.extra);
     Ok(())
 }
 
@@ -127,9 +129,13 @@ fn repeat(cpu: &mut Cpu, op: &Op, mut one: impl FnMut(&mut Cpu) -> Exec) -> Exec
         }
         one(cpu)?;
         set_masked(&mut cpu.gpr[1], mask, count - 1);
+        if cpu.mode.single || cpu.watches.pending() {
+            break;
+        }
     }
     if cpu.gpr[1] & mask != 0 {
-        cpu.rip = cpu.op_rip(op);
+        cpu.rip = cpu.wrap_rip(cpu.op_rip(op));
+        cpu.resume_string();
     }
     Ok(())
 }
@@ -149,6 +155,7 @@ fn ins(cpu: &mut Cpu, op: &Op) -> Exec {
         // The page must be writable before the port is read.
         cpu.translate(at, crate::mmu::Access::Write)?;
         let value = cpu.bus.ports.read(u64::from(port), op.extra as u8);
+        cpu.ports_accessed(port, op.extra);
         match op.extra {
             1 => cpu.store(at, value as u8)?,
             2 => cpu.store(at, value as u16)?,
@@ -172,6 +179,7 @@ fn outs(cpu: &mut Cpu, op: &Op) -> Exec {
             _ => u64::from(cpu.load::<u32>(at)?),
         };
         cpu.bus.ports.write(u64::from(port), op.extra as u8, value);
+        cpu.ports_accessed(port, op.extra);
         set_masked(&mut cpu.gpr[6], mask, offset.wrapping_add(step));
         Ok(())
     })

@@ -110,7 +110,7 @@ fn mov_to_segment(cpu: &mut Cpu, op: &Op) -> Exec {
     let selector = source(cpu, op)?;
     cpu.load_segment(usize::from(op.reg), selector)?;
     if usize::from(op.reg) == VcpuState::SS {
-        cpu.interrupt_shadow = true;
+        cpu.cast_stack_shadow();
     }
     Ok(())
 }
@@ -138,7 +138,7 @@ fn pop_segment(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.load_segment(usize::from(op.reg), selector)?;
     cpu.stack_release(op, u64::from(op.extra));
     if usize::from(op.reg) == VcpuState::SS {
-        cpu.interrupt_shadow = true;
+        cpu.cast_stack_shadow();
     }
     Ok(())
 }
@@ -158,6 +158,13 @@ fn load_far_pointer(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 impl Cpu {
+    /// After a load of SS neither interrupts nor debug exceptions come before the next instruction is done, so that
+    /// it may load ESP (SDM vol. 3, "Masking exceptions and interrupts when switching stacks").
+    fn cast_stack_shadow(&mut self) {
+        self.interrupt_shadow = true;
+        self.shadow_of_stack = true;
+    }
+
     /// The descriptor of LDTR or TR: 16 bytes in long mode.
     fn system_segment(&mut self, selector: u16, types: &[u8]) -> Exec<Segment> {
         let bad = Fault::with_code(vector::GP, u32::from(selector & !3));

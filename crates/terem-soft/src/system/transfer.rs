@@ -157,6 +157,7 @@ fn syscall(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.gpr[11] = flags;
         cpu.rip = if cpu.code64() { cpu.msrs.lstar } else { cpu.msrs.cstar };
         let kept = flags & !cpu.msrs.sfmask;
+        cpu.steps_over = flags & !kept & rflags::TF != 0;
         cpu.segments[VcpuState::CS] = flat(selector & !3, true, true, 0);
         cpu.segments[VcpuState::SS] = flat((selector & !3).wrapping_add(8), false, false, 0);
         cpu.cpl = 0;

@@ -3,6 +3,7 @@
 
 mod apic;
 mod code_changes;
+mod debug;
 mod events;
 mod msr;
 mod paging;

@@ -121,6 +121,10 @@ impl Cpu {
             let fault = self.faulted(fault, op);
             return self.leave(&fault);
         }
+        if self.watches.pending() {
+            let trap = self.trapped(op, None);
+            return self.leave(&trap);
+        }
         let stays = self.rip == next
             && !site.flow
             && self.native.jump_key == key
@@ -134,8 +138,10 @@ impl Cpu {
 
     /// Epoch and mode, as jumps are remembered under.
     pub(crate) fn refresh_jump_key(&mut self) {
-        self.native.jump_key =
-            self.tlb.epoch() << 16 | (self.tlb.set() as u64) << 12 | u64::from(self.mode_key);
+        self.native.jump_key = self.tlb.epoch() << 16
+            | u64::from(self.tlb.strict()) << 15
+            | (self.tlb.set() as u64) << 12
+            | u64::from(self.mode_key);
     }
 
     /// Whether blocks are to be translated at all as things are.
@@ -143,6 +149,7 @@ impl Cpu {
         self.mode.code == CodeSize::Code64
             && !self.mode.single
             && matches!(self.cpl, 0 | 3)
+            && !self.tlb.strict()
             && !self.interrupt_shadow
             && self.native.translator.is_some()
     }

@@ -42,6 +42,7 @@ fn hint(word: &str) -> String {
 /// What x86-64 begins with, and a PC's operating systems take for granted.
 const BASELINE: &[&str] = &[
     "fpu",
+    "vme",
     "de",
     "pse",
     "tsc",

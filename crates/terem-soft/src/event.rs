@@ -1,5 +1,5 @@
-//! Delivering exceptions and interrupts, and coming back from them
-//! (Intel SDM vol. 3, chapter 6; `iret` in vol. 2).
+//! Delivering exceptions and interrupts (Intel SDM vol. 3, chapter "Interrupt and Exception Handling"; INT n in
+//! vol. 2).
 
 use terem_cpu::{Segment, VcpuState, rflags};
 
@@ -7,8 +7,8 @@ use crate::cpu::Cpu;
 use crate::fault::{Exec, Fault, Kind, vector};
 use crate::memory::Value;
 use crate::mmu::Access;
-use crate::op::Op;
-use crate::segment::{Descriptor, null};
+use crate::segment::{null, null_stack};
+use crate::task::Cause;
 
 /// The machine check that no handler could take: the processor shuts down.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Cpu {
     }
 
     fn deliver(&mut self, fault: Fault, rip: u64) -> Exec {
-        if !self.protected() && self.cr0 & crate::cpu::cr0::PE == 0 {
+        if self.cr0 & crate::cpu::cr0::PE == 0 {
             return self.deliver_real(fault, rip);
         }
         let flags = match fault.kind {
@@ -103,9 +103,14 @@ impl Cpu {
         Ok(())
     }
 
+    /// EXT of error codes: what is delivered is not of the program's own making by `int n`, `int3` or `into`.
+    fn external(fault: Fault) -> u32 {
+        u32::from(fault.kind != Kind::Software)
+    }
+
     /// An error code that names an IDT entry.
     fn idt_code(fault: Fault) -> u32 {
-        u32::from(fault.vector) << 3 | 2 | u32::from(fault.kind == Kind::External)
+        u32::from(fault.vector) << 3 | 2 | Self::external(fault)
     }
 
     /// The code segment that a gate leads to, and the privilege it runs at.
@@ -128,7 +133,7 @@ impl Cpu {
     }
 
     fn deliver_long(&mut self, fault: Fault, rip: u64, flags: u64) -> Exec {
-        let external = u32::from(fault.kind == Kind::External);
+        let external = Self::external(fault);
         let bad = Fault::with_code(vector::GP, Self::idt_code(fault));
         let at = u64::from(fault.vector) * 16;
         if at + 15 > u64::from(self.idtr.limit) {
@@ -152,42 +157,35 @@ impl Cpu {
         }
         let target = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
         let ist = low >> 32 & 7;
-        let old_ss = self.segments[VcpuState::SS].selector;
-        let old_rsp = self.gpr[4];
-        let mut rsp = if ist != 0 {
+        let (was, old_rsp) = (self.cpl, self.gpr[4]);
+        let rsp = if ist != 0 {
             self.tss_load::<u64>(0x24 + (ist - 1) * 8, external)?
-        } else if cpl < self.cpl {
-            self.tss_load::<u64>(4 + u64::from(cpl) * 8, external)?
+        } else if cpl < was {
+            self.inner_rsp(cpl, external)?
         } else {
             old_rsp
         };
-        rsp &= !15;
-        let frame =
-            [u64::from(old_ss), old_rsp, flags, u64::from(self.segments[VcpuState::CS].selector), rip];
-        let was = self.cpl;
+        self.rip_within(&cs, target, external)?;
+        let old_ss = u64::from(self.segments[VcpuState::SS].selector);
+        let old_cs = u64::from(self.segments[VcpuState::CS].selector);
+        let frame = [old_ss, old_rsp, flags, old_cs, rip, u64::from(fault.code)];
+        let pushed = &frame[..if fault.has_code { 6 } else { 5 }];
         // The frame is written with the privilege of the handler.
-        let pushed = self.with_privilege(cpl, |cpu| {
-            for value in frame.into_iter().chain(fault.has_code.then_some(u64::from(fault.code))) {
-                rsp = rsp.wrapping_sub(8);
-                cpu.store_in(rsp, value, VcpuState::SS as u8)?;
-            }
-            Ok(())
-        });
-        pushed?;
-        self.gpr[4] = rsp;
-        if cpl < was {
-            self.segments[VcpuState::SS] = Segment {
-                selector: u16::from(cpl),
-                access: Segment::UNUSABLE | u32::from(cpl) << 5,
-                ..Segment::default()
-            };
+        self.gpr[4] = self.push_frame(cpl, &null_stack(cpl), rsp & !15, 8, pushed, Fault::SS0)?;
+        if cpl < was || ist != 0 {
+            self.segments[VcpuState::SS] = null_stack(cpl);
         }
         self.enter_handler(cs, cpl, target, kind == gate::INTERRUPT);
         Ok(())
     }
 
+    /// RSP that the 64-bit TSS has for privilege `cpl`.
+    pub(crate) fn inner_rsp(&mut self, cpl: u8, external: u32) -> Exec<u64> {
+        self.tss_load(4 + u64::from(cpl) * 8, external)
+    }
+
     fn deliver_32(&mut self, fault: Fault, rip: u64, flags: u64) -> Exec {
-        let external = u32::from(fault.kind == Kind::External);
+        let external = Self::external(fault);
         let bad = Fault::with_code(vector::GP, Self::idt_code(fault));
         let at = u64::from(fault.vector) * 8;
         if at + 7 > u64::from(self.idtr.limit) {
@@ -195,65 +193,47 @@ impl Cpu {
         }
         let entry: u64 = self.load_system(self.idtr.base.wrapping_add(at) & 0xffff_ffff)?;
         let kind = (entry >> 40 & 0x1f) as u8;
-        let known = matches!(kind, gate::INTERRUPT_16 | gate::TRAP_16 | gate::INTERRUPT | gate::TRAP);
-        // Task gates need task switches, which this processor does not do: they fault like unknown types.
+        let known =
+            matches!(kind, gate::TASK | gate::INTERRUPT_16 | gate::TRAP_16 | gate::INTERRUPT | gate::TRAP);
         if !known || (fault.kind == Kind::Software && (entry >> 45 & 3) < u64::from(self.cpl)) {
-            if kind == gate::TASK {
-                tracing::warn!(vector = fault.vector, "a task gate was met; task switches are not there");
-            }
             return Err(bad);
         }
         if entry & 1 << 47 == 0 {
             return Err(Fault::with_code(vector::NP, Self::idt_code(fault)));
         }
+        if kind == gate::TASK {
+            let code = fault.has_code.then_some(fault.code);
+            return self.switch_task((entry >> 16) as u16, Cause::Call, (rip, flags), code, external);
+        }
         let (cs, cpl) = self.gate_target((entry >> 16) as u16, external)?;
         let wide = kind >= gate::INTERRUPT;
         let target = entry & 0xffff | if wide { entry >> 32 & 0xffff_0000 } else { 0 };
-        let from_vm = self.system_flags & rflags::VM != 0;
+        let from_vm = self.virtual_8086();
         if from_vm && cpl != 0 {
             return Err(Fault::with_code(vector::GP, u32::from(cs.selector & !3) | external));
         }
-        let old =
-            [VcpuState::GS, VcpuState::FS, VcpuState::DS, VcpuState::ES].map(|s| self.segments[s].selector);
-        let (old_ss, old_esp) = (self.segments[VcpuState::SS].selector, self.gpr[4]);
-        let (ss, mut esp) = if cpl < self.cpl || from_vm {
-            self.inner_stack(cpl, external)?
+        let inner = cpl < self.cpl;
+        let (ss, esp, overflow) = if inner {
+            let (ss, esp) = self.inner_stack(cpl, external)?;
+            (ss, esp, u32::from(ss.selector & !3) | external)
         } else {
-            (self.segments[VcpuState::SS], old_esp)
+            (self.segments[VcpuState::SS], self.gpr[4], external)
         };
-        let mut frame: Vec<u32> = Vec::with_capacity(10);
+        self.rip_within(&cs, target, external)?;
+        let selector = |i: usize| u64::from(self.segments[i].selector);
+        let mut frame: Vec<u64> = Vec::with_capacity(10);
         if from_vm {
-            frame.extend(old.iter().map(|s| u32::from(*s)));
+            frame.extend([VcpuState::GS, VcpuState::FS, VcpuState::DS, VcpuState::ES].map(selector));
         }
-        if cpl < self.cpl || from_vm {
-            frame.extend([u32::from(old_ss), old_esp as u32]);
+        if inner {
+            frame.extend([selector(VcpuState::SS), self.gpr[4]]);
         }
-        frame.extend([flags as u32, u32::from(self.segments[VcpuState::CS].selector), rip as u32]);
-        frame.extend(fault.has_code.then_some(fault.code));
-        let mask = if ss.access & Segment::BIG != 0 { 0xffff_ffff } else { 0xffff };
-        let was_vm = self.system_flags & rflags::VM;
-        self.system_flags &= !rflags::VM;
-        let pushed = self.with_privilege(cpl, |cpu| {
-            for value in frame {
-                esp = esp.wrapping_sub(if wide { 4 } else { 2 }) & mask;
-                let linear = ss.base.wrapping_add(esp) & 0xffff_ffff;
-                if esp > u64::from(ss.limit) && ss.access & Segment::DOWN == 0 {
-                    return Err(Fault::with_code(vector::SS, u32::from(ss.selector & !3) | external));
-                }
-                if wide {
-                    cpu.store(linear, value)?;
-                } else {
-                    cpu.store(linear, value as u16)?;
-                }
-            }
-            Ok(())
-        });
-        if let Err(f) = pushed {
-            self.system_flags |= was_vm;
-            return Err(f);
-        }
-        self.gpr[4] = self.gpr[4] & !mask | esp;
+        frame.extend([flags, selector(VcpuState::CS), rip]);
+        frame.extend(fault.has_code.then_some(u64::from(fault.code)));
+        let size = if wide { 4 } else { 2 };
+        let esp = self.push_frame(cpl, &ss, esp, size, &frame, Fault::with_code(vector::SS, overflow))?;
         self.segments[VcpuState::SS] = ss;
+        self.set_sp_of(&ss, false, esp);
         if from_vm {
             for s in [VcpuState::GS, VcpuState::FS, VcpuState::DS, VcpuState::ES] {
                 self.segments[s] = Segment { access: Segment::UNUSABLE, ..Segment::default() };
@@ -348,191 +328,6 @@ impl Cpu {
         use terem_memory::vm_memory::{Bytes, GuestAddress};
         if self.memory.read_slice(to, GuestAddress(physical)).is_err() {
             self.mmio_read(physical, to);
-        }
-    }
-
-    /// `iret` with operand size `size` bytes (2, 4 or 8).
-    pub(crate) fn iret(&mut self, op: &Op, size: u64) -> Exec {
-        if !self.protected() {
-            return self.iret_real(op, size);
-        }
-        if self.system_flags & rflags::NT != 0 {
-            // Returning from a nested task is a task switch; in long mode it is always #GP.
-            return Err(Fault::GP0);
-        }
-        let mut at = 0;
-        let mut pop = |cpu: &mut Self| -> Exec<u64> {
-            let v = cpu.stack_load(op, at, size)?;
-            at += size;
-            Ok(v)
-        };
-        let rip = pop(self)?;
-        let cs = pop(self)? as u16;
-        let flags = pop(self)?;
-        if !self.long_mode() && self.cpl == 0 && flags & rflags::VM != 0 && size == 4 {
-            return self.iret_to_vm86(op, rip, cs, flags);
-        }
-        if null(cs) {
-            return Err(Fault::GP0);
-        }
-        let d = self.descriptor(cs, 0)?;
-        let rpl = (cs & 3) as u8;
-        let target = d.segment(cs);
-        let bad = Fault::with_code(vector::GP, u32::from(cs & !3));
-        let conforming = target.access & Segment::DOWN != 0;
-        if !d.is_code()
-            || rpl < self.cpl
-            || (conforming && target.dpl() > rpl)
-            || (!conforming && target.dpl() != rpl)
-        {
-            return Err(bad);
-        }
-        if !d.present() {
-            return Err(Fault::with_code(vector::NP, u32::from(cs & !3)));
-        }
-        let to64 = self.long_mode() && target.access & Segment::LONG != 0;
-        if to64 && (rip as i64) << 16 >> 16 != rip as i64 {
-            return Err(Fault::GP0);
-        }
-        let outer = rpl > self.cpl;
-        let (rsp, ss) = if outer || size == 8 || self.code64() {
-            (Some(pop(self)?), pop(self)? as u16)
-        } else {
-            (None, 0)
-        };
-        let new_ss = match rsp {
-            Some(_) => Some(self.stack_segment_for(ss, rpl, to64)?),
-            None => None,
-        };
-        // Everything is checked: change the state.
-        let old_cpl = self.cpl;
-        let mut mask = rflags::ARITHMETIC | rflags::TF | rflags::DF | rflags::NT;
-        if size > 2 {
-            mask |= rflags::RF | rflags::AC | rflags::ID;
-        }
-        if old_cpl == 0 {
-            mask |= rflags::IOPL;
-            if size > 2 {
-                mask |= rflags::VIF | rflags::VIP;
-            }
-        }
-        if u64::from(old_cpl) <= (self.system_flags & rflags::IOPL) >> 12 {
-            mask |= rflags::IF;
-        }
-        self.mark_accessed(cs, &d);
-        self.segments[VcpuState::CS] = target;
-        self.cpl = rpl;
-        self.rip = if to64 { rip } else { rip & 0xffff_ffff };
-        if let (Some(rsp), Some(new_ss)) = (rsp, new_ss) {
-            self.segments[VcpuState::SS] = new_ss;
-            if to64 || new_ss.access & Segment::BIG != 0 {
-                self.gpr[4] = if size == 8 { rsp } else { rsp & 0xffff_ffff };
-            } else {
-                self.gpr[4] = self.gpr[4] & !0xffff | rsp & 0xffff;
-            }
-        } else {
-            self.stack_release(op, at);
-        }
-        if outer {
-            for s in [VcpuState::ES, VcpuState::DS, VcpuState::FS, VcpuState::GS] {
-                self.drop_inner_segment(s);
-            }
-        }
-        let merged = self.rflags() & !mask | flags & mask;
-        self.set_rflags(merged);
-        self.after_return();
-        Ok(())
-    }
-
-    /// What every `iret` ends with.
-    fn after_return(&mut self) {
-        self.nmi_masked = false;
-        self.refresh_mode();
-        self.settle_resume_flag();
-        self.apic.accepts_more();
-    }
-
-    fn iret_real(&mut self, op: &Op, size: u64) -> Exec {
-        let vm = self.system_flags & rflags::VM != 0;
-        if vm && (self.system_flags & rflags::IOPL) >> 12 != 3 {
-            return Err(Fault::GP0);
-        }
-        let rip = self.stack_load(op, 0, size)?;
-        let cs = self.stack_load(op, size, size)? as u16;
-        let flags = self.stack_load(op, size * 2, size)?;
-        if rip > 0xffff {
-            return Err(Fault::GP0);
-        }
-        self.stack_release(op, size * 3);
-        self.segments[VcpuState::CS] =
-            Segment { selector: cs, base: u64::from(cs) << 4, ..self.segments[VcpuState::CS] };
-        self.rip = rip;
-        let mut mask = rflags::ARITHMETIC | rflags::TF | rflags::IF | rflags::DF | rflags::NT;
-        if !vm {
-            mask |= rflags::IOPL;
-        }
-        if size == 4 {
-            mask |= rflags::AC | rflags::ID | rflags::RF;
-        }
-        let merged = self.rflags() & !mask | flags & mask;
-        self.set_rflags(merged);
-        self.after_return();
-        Ok(())
-    }
-
-    /// Into virtual-8086 mode (SDM vol. 3, 20.2.5).
-    fn iret_to_vm86(&mut self, op: &Op, rip: u64, cs: u16, flags: u64) -> Exec {
-        let mut words = [0; 6];
-        for (i, w) in words.iter_mut().enumerate() {
-            *w = self.stack_load(op, 12 + i as u64 * 4, 4)?;
-        }
-        let [esp, ss, es, ds, fs, gs] = words;
-        let order = [es as u16, cs, ss as u16, ds as u16, fs as u16, gs as u16];
-        for (i, selector) in order.into_iter().enumerate() {
-            let s = Segment::real_mode(selector, false);
-            self.segments[i] = Segment { access: s.access | 3 << 5, ..s };
-        }
-        self.gpr[4] = esp;
-        self.rip = rip & 0xffff;
-        self.cpl = 3;
-        self.set_rflags(flags & 0x003f_7fd7);
-        self.after_return();
-        Ok(())
-    }
-
-    /// Checks a stack segment that a return to privilege `cpl` loads.
-    pub(crate) fn stack_segment_for(&mut self, ss: u16, cpl: u8, to64: bool) -> Exec<Segment> {
-        if null(ss) {
-            if to64 && cpl != 3 && (ss & 3) as u8 == cpl {
-                return Ok(Segment {
-                    selector: ss,
-                    access: Segment::UNUSABLE | u32::from(cpl) << 5,
-                    ..Segment::default()
-                });
-            }
-            return Err(Fault::GP0);
-        }
-        let code = u32::from(ss & !3);
-        let d: Descriptor = self.descriptor(ss, 0)?;
-        let s = d.segment(ss);
-        if (ss & 3) as u8 != cpl || s.dpl() != cpl || !d.is_writable_data() {
-            return Err(Fault::with_code(vector::GP, code));
-        }
-        if !d.present() {
-            return Err(Fault::with_code(vector::SS, code));
-        }
-        self.mark_accessed(ss, &d);
-        Ok(s)
-    }
-
-    /// A data segment that is more privileged than the level returned to is taken away.
-    pub(crate) fn drop_inner_segment(&mut self, s: usize) {
-        let seg = self.segments[s];
-        let conforming = seg.access & (Segment::CODE | Segment::DOWN) == Segment::CODE | Segment::DOWN;
-        if null(seg.selector) || (seg.dpl() < self.cpl && !conforming) {
-            // AMD keeps the base of a null FS or GS; guests write it anew in either case.
-            let base = if self.long_mode() { seg.base } else { 0 };
-            self.segments[s] = Segment { selector: 0, base, limit: 0, access: Segment::UNUSABLE };
         }
     }
 }

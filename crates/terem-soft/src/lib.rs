@@ -25,8 +25,10 @@ mod block;
 mod cpu;
 mod decode;
 mod event;
+mod far;
 mod fault;
 mod integer;
+mod iret;
 mod membarrier;
 mod memory;
 mod mmu;
@@ -36,9 +38,11 @@ mod segment;
 mod sse;
 mod stack;
 mod system;
+mod task;
 #[cfg(test)]
 mod tests;
 mod translate;
+mod vm86;
 mod watch;
 mod x87;
 

@@ -17,6 +17,31 @@ pub(crate) fn null(selector: u16) -> bool {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Descriptor(pub(crate) u64);
 
+/// SS after a switch to an inner stack in long mode: null, with the privilege.
+pub(crate) fn null_stack(cpl: u8) -> Segment {
+    Segment {
+        selector: u16::from(cpl),
+        access: Segment::UNUSABLE | u32::from(cpl) << 5,
+        ..Segment::default()
+    }
+}
+
+/// A segment of virtual-8086 mode (SDM vol. 3, 20.2.1): as in real mode, of privilege 3.
+pub(crate) fn virtual_8086(selector: u16) -> Segment {
+    let s = Segment::real_mode(selector, false);
+    Segment { access: s.access | 3 << 5, ..s }
+}
+
+/// Whether `size` bytes at `offset` (32 bits) are within a segment's limit.
+pub(crate) fn within(s: &Segment, offset: u64, size: u64) -> bool {
+    let last = offset + (size - 1);
+    if s.access & (Segment::CODE | Segment::DOWN) == Segment::DOWN {
+        let top = if s.access & Segment::BIG != 0 { 0xffff_ffff } else { 0xffff };
+        return offset > u64::from(s.limit) && last <= top;
+    }
+    last <= u64::from(s.limit)
+}
+
 impl Descriptor {
     pub(crate) fn access(self) -> u32 {
         (self.0 >> 40) as u32 & 0xf0ff
@@ -34,6 +59,15 @@ impl Descriptor {
     pub(crate) fn is_writable_data(self) -> bool {
         let all = Segment::CODE_OR_DATA | Segment::CODE | Segment::WRITABLE;
         self.access() & all == Segment::CODE_OR_DATA | Segment::WRITABLE
+    }
+
+    /// Whether code of privilege `cpl` may load it into DS, ES, FS or GS by `selector`, apart from presence.
+    pub(crate) fn loadable(self, selector: u16, cpl: u8) -> bool {
+        let access = self.access();
+        let readable = self.system_type().is_none() && (!self.is_code() || access & Segment::WRITABLE != 0);
+        let conforming = self.is_code() && access & Segment::DOWN != 0;
+        let dpl = (access >> 5 & 3) as u8;
+        readable && (conforming || ((selector & 3) as u8 <= dpl && cpl <= dpl))
     }
 
     /// The system type, if it is a system descriptor.
@@ -100,12 +134,15 @@ impl Cpu {
 
     /// Reads the descriptor of a non-null selector. `external` is ORed into error codes.
     pub(crate) fn descriptor(&mut self, selector: u16, external: u32) -> Exec<Descriptor> {
+        let bad = Fault::with_code(vector::GP, u32::from(selector & !3) | external);
+        let at = self.descriptor_half(u64::from(selector & !7), selector).ok_or(bad)?;
+        Ok(Descriptor(self.load_system(at)?))
+    }
+
+    /// Linear address of the 8 bytes at `at` in the table that a selector is of; `None`: they are not inside.
+    pub(crate) fn descriptor_half(&self, at: u64, selector: u16) -> Option<u64> {
         let (base, limit) = self.table_of(selector);
-        let at = u64::from(selector & !7);
-        if at + 7 > limit {
-            return Err(Fault::with_code(vector::GP, u32::from(selector & !3) | external));
-        }
-        Ok(Descriptor(self.load_system(base.wrapping_add(at))?))
+        (at + 7 <= limit).then(|| self.wrap(base.wrapping_add(at)))
     }
 
     fn table_of(&self, selector: u16) -> (u64, u64) {
@@ -134,8 +171,8 @@ impl Cpu {
         if !self.protected() {
             let old = self.segments[index];
             self.segments[index] = Segment { selector, base: u64::from(selector) << 4, ..old };
-            if self.system_flags & rflags::VM != 0 {
-                self.segments[index] = Segment { access: 0xf3, ..Segment::real_mode(selector, false) };
+            if self.virtual_8086() {
+                self.segments[index] = virtual_8086(selector);
             }
             self.refresh_mode();
             return Ok(());
@@ -149,19 +186,14 @@ impl Cpu {
             Segment { selector, base: 0, limit: 0, access: Segment::UNUSABLE }
         } else {
             let d = self.descriptor(selector, 0)?;
-            let s = d.segment(selector);
-            let bad = Fault::with_code(vector::GP, u32::from(selector & !3));
-            let readable = d.system_type().is_none() && (!d.is_code() || s.access & Segment::WRITABLE != 0);
-            let conforming = d.is_code() && s.access & Segment::DOWN != 0;
-            let rpl = (selector & 3) as u8;
-            if !readable || (!conforming && (rpl > s.dpl() || self.cpl > s.dpl())) {
-                return Err(bad);
+            if !d.loadable(selector, self.cpl) {
+                return Err(Fault::with_code(vector::GP, u32::from(selector & !3)));
             }
             if !d.present() {
                 return Err(Fault::with_code(vector::NP, u32::from(selector & !3)));
             }
             self.mark_accessed(selector, &d);
-            s
+            d.segment(selector)
         };
         self.segments[index] = loaded;
         self.refresh_mode();
@@ -197,13 +229,7 @@ impl Cpu {
         {
             return bad;
         }
-        let inside = if !code && s.access & Segment::DOWN != 0 {
-            let top = if s.access & Segment::BIG != 0 { 0xffff_ffff } else { 0xffff };
-            offset > u64::from(s.limit) && last <= top
-        } else {
-            last <= u64::from(s.limit)
-        };
-        if inside { Ok(linear) } else { bad }
+        if within(s, offset, size) { Ok(linear) } else { bad }
     }
 
     /// Reads `size` bytes at `at` bytes above the stack pointer.
@@ -263,216 +289,51 @@ impl Cpu {
         Ok(())
     }
 
-    /// `jmp far` and `call far` to `selector:offset`; `size` is the operand size in bytes.
-    pub(crate) fn far_transfer(
+    /// The bits of RSP that count with a stack segment; `to64`: in 64-bit mode.
+    fn stack_width(ss: &Segment, to64: bool) -> u64 {
+        match ss.access & Segment::BIG {
+            _ if to64 => u64::MAX,
+            0 => 0xffff,
+            _ => 0xffff_ffff,
+        }
+    }
+
+    /// Sets the stack pointer as far as it counts with a stack segment.
+    pub(crate) fn set_sp_of(&mut self, ss: &Segment, to64: bool, sp: u64) {
+        self.gpr[4] = match Self::stack_width(ss, to64) {
+            0xffff => self.gpr[4] & !0xffff | sp & 0xffff,
+            mask => sp & mask,
+        };
+    }
+
+    /// Pushes values of `size` bytes below `sp` of a stack that a transfer switches to, with the privilege `cpl` that
+    /// it goes to; where the stack pointer is then. `overflow` is the fault of a stack without room.
+    pub(crate) fn push_frame(
         &mut self,
-        op: &Op,
-        selector: u16,
-        offset: u64,
+        cpl: u8,
+        ss: &Segment,
+        mut sp: u64,
         size: u64,
-        call: bool,
-    ) -> Exec {
-        let back = [u64::from(self.segments[VcpuState::CS].selector), self.next_rip(op)];
-        if !self.protected() {
-            if offset > 0xffff && self.segments[VcpuState::CS].limit == 0xffff {
-                return Err(Fault::GP0);
-            }
-            if call {
-                self.stack_push(op, size, &back)?;
-            }
-            let cs = &mut self.segments[VcpuState::CS];
-            (cs.selector, cs.base) = (selector, u64::from(selector) << 4);
-            self.rip = offset;
-            self.refresh_mode();
-            return Ok(());
-        }
-        if null(selector) {
-            return Err(Fault::GP0);
-        }
-        let d = self.descriptor(selector, 0)?;
-        let code = u32::from(selector & !3);
-        let bad = Fault::with_code(vector::GP, code);
-        if let Some(kind) = d.system_type() {
-            return self.through_call_gate(op, d, kind, selector, call);
-        }
-        let target = d.segment(selector);
-        let conforming = target.access & Segment::DOWN != 0;
-        let rpl = (selector & 3) as u8;
-        let allowed =
-            if conforming { target.dpl() <= self.cpl } else { rpl <= self.cpl && target.dpl() == self.cpl };
-        let both = Segment::LONG | Segment::BIG;
-        if !d.is_code() || !allowed || (self.long_mode() && target.access & both == both) {
-            return Err(bad);
-        }
-        if !d.present() {
-            return Err(Fault::with_code(vector::NP, code));
-        }
-        let to64 = self.long_mode() && target.access & Segment::LONG != 0;
-        if if to64 { (offset as i64) << 16 >> 16 != offset as i64 } else { offset > u64::from(target.limit) }
-        {
-            return Err(Fault::GP0);
-        }
-        if call {
-            self.stack_push(op, size, &back)?;
-        }
-        self.mark_accessed(selector, &d);
-        self.segments[VcpuState::CS] = Segment { selector: selector & !3 | u16::from(self.cpl), ..target };
-        self.rip = offset;
-        self.refresh_mode();
-        Ok(())
-    }
-
-    /// A 64-bit call gate without change of privilege, or a 16-/32-bit one likewise. With a change of
-    /// privilege the stack is switched through the TSS.
-    fn through_call_gate(&mut self, op: &Op, gate: Descriptor, kind: u8, selector: u16, call: bool) -> Exec {
-        let bad = Fault::with_code(vector::GP, u32::from(selector & !3));
+        values: &[u64],
+        overflow: Fault,
+    ) -> Exec<u64> {
+        const SS: u8 = VcpuState::SS as u8;
         let long = self.long_mode();
-        let known = kind == 12 || (kind == 4 && !long);
-        let dpl = (gate.access() >> 5 & 3) as u8;
-        if !known || dpl < self.cpl || dpl < (selector & 3) as u8 {
-            return Err(bad);
-        }
-        if !gate.present() {
-            return Err(Fault::with_code(vector::NP, u32::from(selector & !3)));
-        }
-        let g = gate.0;
-        let mut offset = g & 0xffff | if kind == 12 { g >> 32 & 0xffff_0000 } else { 0 };
-        if long {
-            let (base, _) = self.table_of(selector);
-            let high: u64 = self.load_system(base.wrapping_add(u64::from(selector & !7) + 8))?;
-            offset |= high << 32;
-        }
-        let target_selector = (g >> 16) as u16;
-        if null(target_selector) {
-            return Err(Fault::GP0);
-        }
-        let d = self.descriptor(target_selector, 0)?;
-        let target = d.segment(target_selector);
-        let code = u32::from(target_selector & !3);
-        let wrong_size = long && target.access & (Segment::LONG | Segment::BIG) != Segment::LONG;
-        if !d.is_code() || target.dpl() > self.cpl || wrong_size {
-            return Err(Fault::with_code(vector::GP, code));
-        }
-        if !d.present() {
-            return Err(Fault::with_code(vector::NP, code));
-        }
-        let conforming = target.access & Segment::DOWN != 0;
-        let size = if long {
-            8
-        } else if kind == 12 {
-            4
-        } else {
-            2
-        };
-        let back = [u64::from(self.segments[VcpuState::CS].selector), self.next_rip(op)];
-        let cpl = if conforming { self.cpl } else { target.dpl() };
-        if cpl < self.cpl {
-            if !call {
-                return Err(Fault::with_code(vector::GP, code));
-            }
-            self.call_inner(op, cpl, size, &back, (g >> 32 & 31) as u8)?;
-        } else if call {
-            self.stack_push(op, size, &back)?;
-        }
-        self.cpl = cpl;
-        self.segments[VcpuState::CS] = Segment { selector: target_selector & !3 | u16::from(cpl), ..target };
-        self.rip = offset;
-        self.refresh_mode();
-        Ok(())
-    }
-
-    /// Switches to the inner stack for a call gate: old SS:SP, parameters, return address.
-    fn call_inner(&mut self, op: &Op, cpl: u8, size: u64, back: &[u64; 2], parameters: u8) -> Exec {
-        let old = [u64::from(self.segments[VcpuState::SS].selector), self.gpr[4]];
-        let mut values = old.to_vec();
-        let (ss, sp) = if self.long_mode() {
-            let rsp: u64 = self.load_system(self.tr.base.wrapping_add(4 + u64::from(cpl) * 8))?;
-            let null_ss = Segment {
-                selector: u16::from(cpl),
-                access: Segment::UNUSABLE | u32::from(cpl) << 5,
-                ..Segment::default()
-            };
-            (null_ss, rsp)
-        } else {
-            for i in (0..u64::from(parameters)).rev() {
-                values.push(self.stack_load(op, i * size, size)?);
-            }
-            self.inner_stack(cpl, 0)?
-        };
-        values.extend(back);
-        let mut at = sp;
+        let mask = Self::stack_width(ss, long);
         self.with_privilege(cpl, |cpu| {
-            for v in &values {
-                at = at.wrapping_sub(size);
-                let linear = cpu.wrap(ss.base.wrapping_add(at));
+            for &v in values {
+                sp = sp.wrapping_sub(size) & mask;
+                if !long && !within(ss, sp, size) {
+                    return Err(overflow);
+                }
+                let linear = if long { sp } else { ss.base.wrapping_add(sp) & 0xffff_ffff };
                 match size {
-                    2 => cpu.store(linear, *v as u16)?,
-                    4 => cpu.store(linear, *v as u32)?,
-                    _ => cpu.store(linear, *v)?,
+                    2 => cpu.store_in(linear, v as u16, SS)?,
+                    4 => cpu.store_in(linear, v as u32, SS)?,
+                    _ => cpu.store_in(linear, v, SS)?,
                 }
             }
-            Ok(())
-        })?;
-        self.gpr[4] = at;
-        self.segments[VcpuState::SS] = ss;
-        Ok(())
-    }
-
-    /// `retf`, releasing `extra` bytes more.
-    pub(crate) fn far_return(&mut self, op: &Op, size: u64, extra: u64) -> Exec {
-        let rip = self.stack_load(op, 0, size)?;
-        let cs = self.stack_load(op, size, size)? as u16;
-        if !self.protected() {
-            self.stack_release(op, size * 2 + extra);
-            let s = &mut self.segments[VcpuState::CS];
-            (s.selector, s.base) = (cs, u64::from(cs) << 4);
-            self.rip = rip;
-            self.refresh_mode();
-            return Ok(());
-        }
-        if null(cs) {
-            return Err(Fault::GP0);
-        }
-        let d = self.descriptor(cs, 0)?;
-        let target = d.segment(cs);
-        let rpl = (cs & 3) as u8;
-        let code = u32::from(cs & !3);
-        let conforming = target.access & Segment::DOWN != 0;
-        if !d.is_code()
-            || rpl < self.cpl
-            || (conforming && target.dpl() > rpl)
-            || (!conforming && target.dpl() != rpl)
-        {
-            return Err(Fault::with_code(vector::GP, code));
-        }
-        if !d.present() {
-            return Err(Fault::with_code(vector::NP, code));
-        }
-        let to64 = self.long_mode() && target.access & Segment::LONG != 0;
-        if to64 && (rip as i64) << 16 >> 16 != rip as i64 {
-            return Err(Fault::GP0);
-        }
-        if rpl > self.cpl {
-            let sp = self.stack_load(op, size * 2 + extra, size)?;
-            let ss = self.stack_load(op, size * 3 + extra, size)? as u16;
-            let new_ss = self.stack_segment_for(ss, rpl, to64)?;
-            self.cpl = rpl;
-            self.segments[VcpuState::SS] = new_ss;
-            self.gpr[4] = if to64 || new_ss.access & Segment::BIG != 0 {
-                sp.wrapping_add(extra)
-            } else {
-                self.gpr[4] & !0xffff | sp.wrapping_add(extra) & 0xffff
-            };
-            for s in [VcpuState::ES, VcpuState::DS, VcpuState::FS, VcpuState::GS] {
-                self.drop_inner_segment(s);
-            }
-        } else {
-            self.stack_release(op, size * 2 + extra);
-        }
-        self.mark_accessed(cs, &d);
-        self.segments[VcpuState::CS] = target;
-        self.rip = if to64 { rip } else { rip & 0xffff_ffff };
-        self.refresh_mode();
-        Ok(())
+            Ok(sp)
+        })
     }
 }

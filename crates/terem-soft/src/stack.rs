@@ -1,9 +1,9 @@
 //! The stack as pushes and pops see it: SS:RSP, SS:ESP or SS:SP.
 
-use terem_cpu::{VcpuState, rflags};
+use terem_cpu::VcpuState;
 
 use crate::cpu::Cpu;
-use crate::fault::{Exec, Fault};
+use crate::fault::Exec;
 use crate::memory::Value;
 use crate::op::{CHECKED, Op, STACK16, STACK32};
 
@@ -87,47 +87,5 @@ impl Cpu {
     /// The offset that BP, EBP or RBP has in the stack segment.
     pub(crate) fn frame_pointer(&self, op: &Op) -> u64 {
         self.gpr[5] & Self::stack_mask(op)
-    }
-
-    /// What `pushf` pushes: RFLAGS without RF and VM (Intel SDM vol. 2, PUSHF).
-    ///
-    /// # Errors
-    /// `#GP(0)` in virtual-8086 mode without the right to.
-    pub(crate) fn flags_to_push(&self) -> Exec<u64> {
-        self.virtual_8086_io_check()?;
-        Ok(self.rflags() & !(rflags::RF | rflags::VM))
-    }
-
-    /// Loads the flags as `popf` with an operand of `size` bytes does: what the privilege does not allow
-    /// stays as it was, silently (Intel SDM vol. 2, POPF).
-    ///
-    /// # Errors
-    /// `#GP(0)` in virtual-8086 mode without the right to.
-    pub(crate) fn flags_popped(&mut self, value: u64, size: u64) -> Exec {
-        self.virtual_8086_io_check()?;
-        let iopl = (self.system_flags & rflags::IOPL) >> 12;
-        let mut may = rflags::ARITHMETIC | rflags::TF | rflags::DF | rflags::NT;
-        if size > 2 {
-            may |= rflags::AC | rflags::ID;
-        }
-        if self.cpl == 0 && self.system_flags & rflags::VM == 0 {
-            may |= rflags::IOPL;
-        }
-        if u64::from(self.cpl) <= iopl || self.system_flags & rflags::VM != 0 {
-            may |= rflags::IF;
-        }
-        let mut kept = self.rflags() & !may;
-        if size > 2 {
-            kept &= !rflags::RF;
-        }
-        self.set_rflags(kept | value & may);
-        Ok(())
-    }
-
-    fn virtual_8086_io_check(&self) -> Exec {
-        if self.system_flags & rflags::VM != 0 && self.system_flags & rflags::IOPL != rflags::IOPL {
-            return Err(Fault::GP0);
-        }
-        Ok(())
     }
 }

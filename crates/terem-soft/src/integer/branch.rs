@@ -6,7 +6,7 @@ use super::operand::{Mem, Reg, Source, is_mem, reg, width, worded};
 use super::width::Int;
 use crate::cpu::Cpu;
 use crate::fault::{Exec, Fault};
-use crate::op::{Handler, IP_REG, Op};
+use crate::op::{CHECKED, Handler, IP_REG, Op};
 
 const CX: u8 = 1;
 
@@ -89,84 +89,103 @@ fn counter_width(insn: &Instruction) -> usize {
     }
 }
 
-/// Goes to the relative target, cut to the operand size.
+/// The relative target, cut to the operand size.
 #[inline(always)]
-fn go<T: Int>(cpu: &mut Cpu, op: &Op) {
-    cpu.rip = T::cut(cpu.gpr[usize::from(IP_REG)].wrapping_add(op.imm)).wide();
+fn relative<T: Int>(cpu: &Cpu, op: &Op) -> Exec<u64> {
+    check_limit::<T>(cpu, op, T::cut(cpu.gpr[usize::from(IP_REG)].wrapping_add(op.imm)).wide())
 }
 
-/// Whether an absolute target can be.
+/// `#GP(0)` where a target is beyond the code segment's limit (outside 64-bit mode).
 #[inline(always)]
-fn check_target<T: Int>(target: T) -> Exec<u64> {
-    let target = target.wide();
-    if T::BITS == 64 && (target as i64) << 16 >> 16 != target as i64 {
+fn check_limit<T: Int>(cpu: &Cpu, op: &Op, target: u64) -> Exec<u64> {
+    let limit = u64::from(cpu.segments[terem_cpu::VcpuState::CS].limit);
+    if T::BITS != 64 && op.flags & CHECKED != 0 && target > limit {
         return Err(Fault::GP0);
     }
     Ok(target)
 }
 
-fn jump_relative<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    go::<T>(cpu, op);
+/// Whether an absolute target can be.
+#[inline(always)]
+fn check_target<T: Int>(cpu: &Cpu, op: &Op, target: T) -> Exec<u64> {
+    let target = target.wide();
+    if T::BITS == 64 && (target as i64) << 16 >> 16 != target as i64 {
+        return Err(Fault::GP0);
+    }
+    check_limit::<T>(cpu, op, target)
+}
+
+/// Jumps there.
+#[inline(always)]
+pub(super) fn go<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    cpu.rip = relative::<T>(cpu, op)?;
     Ok(())
 }
 
+fn jump_relative<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    go::<T>(cpu, op)
+}
+
 fn call_relative<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let target = relative::<T>(cpu, op)?;
     cpu.push(op, T::cut(cpu.next_rip(op)))?;
-    go::<T>(cpu, op);
+    cpu.rip = target;
     Ok(())
 }
 
 fn jump_to<S: Source, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let target = S::read::<T>(cpu, op)?;
-    cpu.rip = check_target(target)?;
+    cpu.rip = check_target(cpu, op, target)?;
     Ok(())
 }
 
 fn call_to<S: Source, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let target = S::read::<T>(cpu, op)?;
-    let target = check_target(target)?;
+    let target = check_target(cpu, op, target)?;
     cpu.push(op, T::cut(cpu.next_rip(op)))?;
     cpu.rip = target;
     Ok(())
 }
 
 fn ret<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    let target = check_target(cpu.peek::<T>(op, 0)?)?;
+    let target = cpu.peek::<T>(op, 0)?;
+    let target = check_target(cpu, op, target)?;
     cpu.add_sp(op, T::SIZE + (op.imm & 0xffff));
     cpu.rip = target;
     Ok(())
 }
 
-fn count_down<C: Int>(cpu: &mut Cpu) -> bool {
-    let left = C::cut(C::get(cpu, CX).wide().wrapping_sub(1));
+/// What the counter will be.
+fn counted<C: Int>(cpu: &Cpu) -> C {
+    C::cut(C::get(cpu, CX).wide().wrapping_sub(1))
+}
+
+/// Goes to the target if the counter is not through and `wanted`; the counter changes if that does not fault.
+#[inline(always)]
+fn loop_while<C: Int, T: Int>(cpu: &mut Cpu, op: &Op, wanted: bool) -> Exec {
+    let left = counted::<C>(cpu);
+    if left != C::default() && wanted {
+        go::<T>(cpu, op)?;
+    }
     left.set(cpu, CX);
-    left != C::default()
+    Ok(())
 }
 
 fn looped<C: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if count_down::<C>(cpu) {
-        go::<T>(cpu, op);
-    }
-    Ok(())
+    loop_while::<C, T>(cpu, op, true)
 }
 
 fn loope<C: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if count_down::<C>(cpu) && cpu.ah & 0x40 != 0 {
-        go::<T>(cpu, op);
-    }
-    Ok(())
+    loop_while::<C, T>(cpu, op, cpu.ah & 0x40 != 0)
 }
 
 fn loopne<C: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if count_down::<C>(cpu) && cpu.ah & 0x40 == 0 {
-        go::<T>(cpu, op);
-    }
-    Ok(())
+    loop_while::<C, T>(cpu, op, cpu.ah & 0x40 == 0)
 }
 
 fn jump_if_zero<C: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     if C::get(cpu, CX) == C::default() {
-        go::<T>(cpu, op);
+        go::<T>(cpu, op)?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use iced_x86::{ConditionCode, FlowControl, Instruction, OpKind};
 
+use super::branch::go;
 use super::operand::{Mem, Reg, Source, conditional, is_mem, reg, width};
 use super::width::Int;
 use crate::cpu::Cpu;
@@ -75,17 +76,11 @@ fn jump_64<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn jump_32<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if holds::<C>(cpu) {
-        cpu.rip = cpu.gpr[usize::from(IP_REG)].wrapping_add(op.imm) & 0xffff_ffff;
-    }
-    Ok(())
+    if holds::<C>(cpu) { go::<u32>(cpu, op) } else { Ok(()) }
 }
 
 fn jump_16<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if holds::<C>(cpu) {
-        cpu.rip = cpu.gpr[usize::from(IP_REG)].wrapping_add(op.imm) & 0xffff;
-    }
-    Ok(())
+    if holds::<C>(cpu) { go::<u16>(cpu, op) } else { Ok(()) }
 }
 
 fn set_register<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {

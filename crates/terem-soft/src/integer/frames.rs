@@ -108,7 +108,7 @@ fn pop_all<W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn push_flags<W: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    let flags = cpu.flags_to_push()?;
+    let flags = cpu.flags_to_push(W::SIZE)?;
     cpu.push(op, W::cut(flags))
 }
 

@@ -7,6 +7,7 @@ use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::decode::{CodeSize, Mode, gpr_number};
 use crate::fault::{Exec, Fault};
 use crate::op::{Handler, Op};
+use crate::vm86::InterruptFlag;
 
 /// CR0 bits that exist.
 const CR0_KNOWN: u64 = cr0::PE
@@ -195,10 +196,10 @@ impl Cpu {
 
     pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
         let f = &self.cpuid.model().features;
-        let mut known =
-            cr4::VME | cr4::PVI | cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
+        let mut known = cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
         known |= cr4::OSFXSR | cr4::OSXMMEXCPT;
         let optional = [
+            ("vme", cr4::VME | cr4::PVI),
             ("umip", cr4::UMIP),
             ("fsgsbase", cr4::FSGSBASE),
             ("pcid", cr4::PCIDE),
@@ -344,25 +345,27 @@ fn hlt(cpu: &mut Cpu, _: &Op) -> Exec {
     Ok(())
 }
 
-/// Whether IF may be changed (outside virtual-8086 extensions).
-fn may_change_if(cpu: &Cpu) -> Exec {
-    let iopl = (cpu.system_flags & rflags::IOPL) >> 12;
-    if u64::from(cpu.cpl) <= iopl || cpu.cr0 & cr0::PE == 0 { Ok(()) } else { Err(Fault::GP0) }
-}
-
 fn cli(cpu: &mut Cpu, _: &Op) -> Exec {
-    may_change_if(cpu)?;
-    cpu.system_flags &= !rflags::IF;
+    match cpu.interrupt_flag() {
+        InterruptFlag::Real => cpu.system_flags &= !rflags::IF,
+        InterruptFlag::Virtual => cpu.system_flags &= !rflags::VIF,
+        InterruptFlag::Denied => return Err(Fault::GP0),
+    }
     Ok(())
 }
 
 fn sti(cpu: &mut Cpu, _: &Op) -> Exec {
-    may_change_if(cpu)?;
-    if cpu.system_flags & rflags::IF == 0 {
-        cpu.system_flags |= rflags::IF;
-        cpu.interrupt_shadow = true;
-        cpu.shadow_of_stack = false;
-        cpu.apic.accepts_more();
+    match cpu.interrupt_flag() {
+        InterruptFlag::Real if cpu.system_flags & rflags::IF == 0 => {
+            cpu.system_flags |= rflags::IF;
+            cpu.interrupt_shadow = true;
+            cpu.shadow_of_stack = false;
+            cpu.apic.accepts_more();
+        }
+        InterruptFlag::Real => {}
+        InterruptFlag::Virtual if cpu.system_flags & rflags::VIP != 0 => return Err(Fault::GP0),
+        InterruptFlag::Virtual => cpu.system_flags |= rflags::VIF,
+        InterruptFlag::Denied => return Err(Fault::GP0),
     }
     Ok(())
 }

@@ -180,7 +180,7 @@ impl Cpu {
         }
         let mut s = d.segment(selector);
         if self.long_mode() {
-            let at = self.gdtr.base.wrapping_add(u64::from(selector & !7) + 8);
+            let at = self.descriptor_half(u64::from(selector & !7) + 8, selector).ok_or(bad)?;
             s.base |= self.load_system::<u64>(at)? << 32;
         }
         Ok(s)

@@ -82,9 +82,8 @@ fn software(vector: u8) -> Exec {
 }
 
 fn int(cpu: &mut Cpu, op: &Op) -> Exec {
-    // In virtual-8086 mode without its extensions, IOPL decides.
-    if cpu.system_flags & rflags::VM != 0 && cpu.system_flags & rflags::IOPL != rflags::IOPL {
-        return Err(Fault::GP0);
+    if cpu.virtual_8086() && cpu.software_interrupt_8086(op, op.imm as u8)? {
+        return Ok(());
     }
     software(op.imm as u8)
 }

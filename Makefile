@@ -4,7 +4,7 @@
 .PHONY: all demo test check shellcheck guests fuzz bench clean
 
 FUZZ_SECONDS ?= 10
-SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/kernel guest/minimal guest/debian guest/debian-demo guest/demo \
+SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/kernel guest/minimal guest/memtest guest/debian guest/debian-demo guest/demo \
   bench/boot bench/guest bench/start
 
 all:

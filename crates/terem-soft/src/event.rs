@@ -69,7 +69,8 @@ impl Cpu {
             return self.deliver_real(fault, rip);
         }
         let flags = match fault.kind {
-            Kind::Fault => self.rflags() | rflags::RF,
+            // A double fault is an abort, not a fault.
+            Kind::Fault if fault.vector != vector::DF => self.rflags() | rflags::RF,
             _ => self.rflags(),
         };
         if self.long_mode() {

@@ -204,6 +204,7 @@ impl Cpu {
         self.system_flags = 0;
         self.set_rflags(fresh.rflags);
         self.interrupt_shadow = false;
+        self.deferred = None;
         self.nmi_masked = false;
         self.halted = false;
         self.waiting_for_start_up = !boot;

@@ -33,7 +33,8 @@ struct Running {
 fn start(config: &MachineConfig, from: Option<&Path>) -> Running {
     let plan = Plan::new(config, &HostInventory::here()).unwrap();
     let (sender, screen) = channel();
-    let mut machine = Machine::build(plan, Lent { stdio: Some(Box::new(Screen(sender))) }).unwrap();
+    let mut machine =
+        Machine::build(plan, Lent { stdio: Some(Box::new(Screen(sender))), ..Lent::default() }).unwrap();
     if let Some(dir) = from {
         machine.restore(dir).unwrap();
     }

@@ -256,6 +256,13 @@ pub(crate) fn one<'de, T: KeyValue, D: Deserializer<'de>>(deserializer: D) -> Re
     deserializer.deserialize_any(Either(PhantomData))
 }
 
+/// The same for a field that need not be there.
+pub(crate) fn optional<'de, T: KeyValue, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    one(deserializer).map(Some)
+}
+
 /// The same for a list of them.
 pub(crate) fn many<'de, T: KeyValue, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     struct One<T>(T);

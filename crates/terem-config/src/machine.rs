@@ -5,9 +5,11 @@ use crate::chardev::CharConfig;
 use crate::cpu::{CpuConfig, CpusConfig};
 use crate::disk::DiskConfig;
 use crate::error::{ConfigError, ConfigErrors, quote};
-use crate::key_value::{OrText, many, one};
+use crate::gdb::{GdbAddress, GdbConfig};
+use crate::key_value::{OrText, many, one, optional};
 use crate::net::{NetConfig, NetKind};
 use crate::size::ByteSize;
+use crate::trace::TraceConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -19,7 +21,7 @@ pub const MIN_MEMORY: ByteSize = ByteSize::mib(1);
 pub const MAX_MEMORY: ByteSize = ByteSize(32 << 40);
 
 /// Longest path of a Unix socket (`sun_path` less the final zero; unix(7)), in bytes.
-const MAX_SOCKET_PATH: usize = 107;
+pub(crate) const MAX_SOCKET_PATH: usize = 107;
 
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -67,6 +69,14 @@ pub struct MachineConfig {
     #[serde(rename = "net", deserialize_with = "many")]
     #[schemars(with = "Vec<OrText<NetConfig>>")]
     pub nets: Vec<NetConfig>,
+    /// Where gdb can connect.
+    #[serde(deserialize_with = "optional", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<OrText<GdbConfig>>")]
+    pub gdb: Option<GdbConfig>,
+    /// What is written down of what the vCPUs do.
+    #[serde(rename = "trace", deserialize_with = "many", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<OrText<TraceConfig>>")]
+    pub traces: Vec<TraceConfig>,
 }
 
 impl Default for MachineConfig {
@@ -86,6 +96,8 @@ impl Default for MachineConfig {
             accel: AccelConfig::default(),
             disks: Vec::new(),
             nets: vec![NetConfig { kind: Some(NetKind::User), ..NetConfig::default() }],
+            gdb: None,
+            traces: Vec::new(),
         }
     }
 }
@@ -115,7 +127,12 @@ impl MachineConfig {
             .chain(chars.into_iter().filter_map(CharConfig::path_mut));
         let images =
             self.disks.iter_mut().flat_map(|disk| std::iter::once(&mut disk.path).chain(&mut disk.backing));
-        for path in files.chain(images) {
+        let gdb = self.gdb.iter_mut().filter_map(|gdb| match &mut gdb.listen {
+            GdbAddress::Unix(path) => Some(path),
+            GdbAddress::Tcp { .. } => None,
+        });
+        let traces = self.traces.iter_mut().filter_map(|trace| trace.file.as_mut());
+        for path in files.chain(images).chain(gdb).chain(traces) {
             // An empty path stays empty, so that it is told as such and not as a directory.
             if path.is_relative() && !path.as_os_str().is_empty() {
                 *path = base.join(&*path);
@@ -137,6 +154,10 @@ impl MachineConfig {
         self.cpu.validate(&mut errors);
         self.validate_disks(&mut errors);
         self.validate_nets(&mut errors);
+        if let Some(gdb) = &self.gdb {
+            gdb.validate(&mut errors);
+        }
+        self.validate_traces(&mut errors);
         ConfigErrors::check(errors)
     }
 
@@ -243,6 +264,22 @@ impl MachineConfig {
                     quote(disk.path.display()),
                     format!("disk[{first}] is the same image, and one of them writes to it"),
                     "another image, or `readonly` on both",
+                ));
+            }
+        }
+    }
+
+    fn validate_traces(&self, errors: &mut Vec<ConfigError>) {
+        for (index, trace) in self.traces.iter().enumerate() {
+            if trace.file.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+                let key = format!("trace[{index}].file");
+                errors.push(ConfigError::value(key, "\"\"", "it is empty", "the path of a file"));
+            }
+            if let Some(first) = self.traces[..index].iter().position(|t| t.what == trace.what) {
+                errors.push(ConfigError::missing(
+                    format!("trace[{index}].what"),
+                    format!("trace[{first}] writes the same down already"),
+                    "each of instructions, interrupts and exits once",
                 ));
             }
         }

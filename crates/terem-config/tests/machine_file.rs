@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use std::path::Path;
 use terem_config::{
     AccelConfig, AccelKind, AioMode, ByteSize, CacheMode, CharConfig, CpuConfig, CpuFlag, CpusConfig,
-    DiscardMode, DiskConfig, DiskFormat, Forward, MacAddress, MachineConfig, NetConfig, NetKind, Protocol,
-    from_key_values, from_toml,
+    DiscardMode, DiskConfig, DiskFormat, Forward, GdbAddress, GdbConfig, MacAddress, MachineConfig,
+    NetConfig, NetKind, Protocol, TraceConfig, TraceWhat, from_key_values, from_toml,
 };
 
 fn errors(text: &str) -> Vec<String> {
@@ -256,6 +256,18 @@ fn net() -> impl Strategy<Value = NetConfig> {
         })
 }
 
+fn gdb() -> impl Strategy<Value = GdbConfig> {
+    let tcp = any::<(std::net::IpAddr, u16)>()
+        .prop_map(|(host, port)| GdbAddress::Tcp { host: host.to_string(), port });
+    let listen = prop_oneof![tcp, word().prop_map(|path| GdbAddress::Unix(path.into()))];
+    (listen, any::<bool>()).prop_map(|(listen, wait)| GdbConfig { listen, wait })
+}
+
+fn trace() -> impl Strategy<Value = TraceConfig> {
+    let what = prop::sample::select(vec![TraceWhat::Instructions, TraceWhat::Interrupts, TraceWhat::Exits]);
+    (what, prop::option::of(word())).prop_map(|(what, file)| TraceConfig { what, file: file.map(Into::into) })
+}
+
 prop_compose! {
     fn machine()(
         texts in prop::collection::vec(prop::option::of(word()), 4),
@@ -272,6 +284,8 @@ prop_compose! {
         switches: [bool; 2],
         disks in prop::collection::vec(disk(), 0..3),
         nets in prop::collection::vec(net(), 0..3),
+        gdb in prop::option::of(gdb()),
+        traces in prop::collection::vec(trace(), 0..3),
     ) -> MachineConfig {
         let [sockets, dies, cores, threads] = cpus.1;
         let mut texts = texts.into_iter();
@@ -291,6 +305,8 @@ prop_compose! {
             accel: AccelConfig { kind, translate },
             disks,
             nets,
+            gdb,
+            traces,
         }
     }
 }

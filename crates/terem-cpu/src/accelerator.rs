@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use terem_bus::{ApicBus, MsiSink};
 
-use crate::VcpuState;
+use crate::{Counters, DebugControl, DebugEvent, VcpuState};
 
 /// Why [`Vcpu::run`] returned: somebody above has to decide.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub enum Stop {
     Kicked,
     /// The processor shut down (triple fault): on a PC that resets the machine, or ends it.
     Shutdown,
+    /// What a debugger waits for has come.
+    Debug(DebugEvent),
     /// The accelerator itself cannot go on; the text says why.
     Error(String),
 }
@@ -62,6 +64,9 @@ pub trait Accelerator: Send + Sync {
     /// Makes the [`Vcpu::run`] of vCPU `id` that is under way, or else the next one, return
     /// [`Stop::Kicked`] soon. Callable from any thread; unknown ids are ignored.
     fn kick(&self, id: u32);
+
+    /// What vCPU `id` has done so far, without stopping it; `None` for unknown ids.
+    fn counters(&self, id: u32) -> Option<Counters>;
 }
 
 /// One virtual processor. It is owned by the thread that runs it.
@@ -81,4 +86,21 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`CpuError::State`] when no processor could be in that state.
     fn restore(&mut self, state: &VcpuState) -> Result<(), CpuError>;
+
+    /// Takes over the registers of `state`: general, segment, control, debug, model-specific, x87 and vector ones.
+    /// The local APIC, the time-stamp counter and what the vCPU is doing stay.
+    ///
+    /// # Errors
+    /// [`CpuError::State`] when no processor could have these registers.
+    fn set_registers(&mut self, state: &VcpuState) -> Result<(), CpuError>;
+
+    /// The guest-physical address of a linear one by the vCPU's page tables, whatever they permit. Changes
+    /// nothing, not even their accessed bits. `None` where nothing is mapped.
+    fn translate(&self, linear: u64) -> Option<u64>;
+
+    /// Does from now on what a debugger wants; [`DebugControl::default`] ends it.
+    ///
+    /// # Errors
+    /// [`CpuError::Unsupported`] when the accelerator cannot watch so many or such addresses.
+    fn debug(&mut self, control: &DebugControl) -> Result<(), CpuError>;
 }

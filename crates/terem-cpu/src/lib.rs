@@ -7,13 +7,21 @@
 #![forbid(unsafe_code)]
 
 mod accelerator;
+mod counters;
 mod cpuid;
+mod debug;
 mod features;
 mod model;
 mod state;
+mod trace;
 
 pub use accelerator::{Accelerator, CpuError, Stop, Vcpu};
+pub use counters::Counters;
 pub use cpuid::{Cpuid, CpuidEntry, Topology};
+pub use debug::{DebugControl, DebugEvent, WatchKind, Watchpoint};
 pub use features::{FEATURES, Feature, FeatureSet, Register, feature};
 pub use model::{CpuModel, ModelError, models};
 pub use state::{ApicState, DescriptorTable, MpState, Msrs, Segment, VcpuState, XSAVE_SIZE, rflags};
+pub use trace::{
+    Exit, InstructionBytes, Interruption, InterruptionKind, Trace, TraceEvent, TraceKind, TraceSink,
+};

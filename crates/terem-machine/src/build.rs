@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use terem_block::{Disk, Op};
 use terem_bus::{Bus, Clock};
 use terem_config::CharConfig;
-use terem_cpu::{Accelerator, CpuError, CpuModel};
+use terem_cpu::{Accelerator, CpuError, CpuModel, Trace};
 use terem_devices::chipset::uart::CharBackend;
 use terem_devices::virtio::{Blk, Console, Net, Rng, VirtioDevice};
 use terem_memory::{GuestMemory, MemoryError};
@@ -19,11 +19,13 @@ use crate::board::q35::{Connections, Q35};
 use crate::boot::{BootError, BootFiles, Loaded};
 use crate::consoles::{ConsoleError, Line, Opener, SerialEnd};
 use crate::disks::{self, DiskError};
+use crate::gdb::{self, GdbError};
 use crate::handle::{Phase, Shared};
 use crate::machine::{AtEnd, Events, Firmware, Machine, PrepareError};
 use crate::nets::{self, NetError};
 use crate::plan::Plan;
 use crate::smbios::Smbios;
+use crate::trace::{Lines, TraceError, Traces};
 use crate::vcpus::Vcpus;
 
 /// Why a machine cannot be built.
@@ -56,6 +58,12 @@ pub enum BuildError {
     /// Devices and their places.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// The socket for gdb.
+    #[error(transparent)]
+    Gdb(#[from] GdbError),
+    /// A trace's file.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// ACPI tables.
     #[error(transparent)]
     Tables(#[from] TablesError),
@@ -80,11 +88,14 @@ pub struct Lent {
     /// The terminal's output, for the console that is on `stdio`. Input comes by
     /// [`crate::MachineHandle::send_input`]. Without it output is dropped.
     pub stdio: Option<Box<dyn CharBackend>>,
+    /// Where traces go that have no file. Without it they are dropped.
+    pub trace: Option<Lines>,
 }
 
 impl std::fmt::Debug for Lent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lent").field("stdio", &self.stdio.is_some()).finish()
+        let Self { stdio, trace } = self;
+        f.debug_struct("Lent").field("stdio", &stdio.is_some()).field("trace", &trace.is_some()).finish()
     }
 }
 
@@ -113,7 +124,9 @@ impl Machine {
         let backends = Backends::open(&plan)?;
         let memory = GuestMemory::new(&plan.memory.ram())?;
         let bus = Arc::new(Bus::new(Clock::system(0)));
-        let accelerator = accelerator(&plan, &bus, &memory)?;
+        let gdb_listener = plan.gdb.as_ref().map(|gdb| gdb::Listener::bind(&gdb.listen)).transpose()?;
+        let traces = Traces::open(&plan.traces, lent.trace)?;
+        let accelerator = accelerator(&plan, &bus, &memory, traces.trace())?;
         let vcpus = Vcpus::new(Arc::clone(&accelerator), plan.cpus.count)?;
         let (sender, messages) = channel();
         let events = Arc::new(Events { gate: Arc::downgrade(vcpus.gate()), messages: sender.clone() });
@@ -131,6 +144,10 @@ impl Machine {
         feed_serial(&plan, &serial, &board)?;
         plug_in(&plan, &mut board, &backends, &mut consoles, &bus.clock)?;
         let firmware = firmware(&plan, files)?;
+        let mut notices = consoles.notices;
+        notices.extend(gdb_listener.as_ref().map(|gdb| format!("gdb: target remote {}", gdb.address())));
+        let mut at_end = flushes(&backends.disks);
+        at_end.push(Box::new(move || traces.end()));
         let shared = Shared {
             plan,
             bus,
@@ -138,7 +155,8 @@ impl Machine {
             now: Mutex::new((Phase::Built, 0, None)),
             listeners: Mutex::default(),
             input: consoles.stdio_line,
-            notices: consoles.notices,
+            notices,
+            accelerator,
         };
         let mut machine = Self {
             shared: Arc::new(shared),
@@ -149,8 +167,14 @@ impl Machine {
             memory,
             firmware,
             prepared: false,
+            gdb_listener,
+            gdb: None,
+            paused: false,
+            held: false,
+            debugged: false,
+            debug_run: 0,
             force_at: None,
-            at_end: flushes(&backends.disks),
+            at_end,
         };
         let Loaded { kind, entry, .. } = machine.prepare()?;
         tracing::debug!(?kind, entry, "kernel loaded");
@@ -162,11 +186,13 @@ fn accelerator(
     plan: &Plan,
     bus: &Arc<Bus>,
     memory: &GuestMemory,
+    trace: Option<Trace>,
 ) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
     let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
     let translate = plan.accelerator.translate;
-    let config = SoftConfig { model, topology: c.topology(), phys_bits: plan.memory.phys_bits, translate };
+    let phys_bits = plan.memory.phys_bits;
+    let config = SoftConfig { model, topology: c.topology(), phys_bits, translate, trace };
     Ok(Arc::new(SoftAccelerator::new(Arc::clone(bus), memory.clone(), config)?))
 }
 

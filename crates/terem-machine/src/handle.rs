@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 use terem_bus::{Bus, locked};
+use terem_cpu::{Accelerator, Counters, DebugControl};
 use terem_devices::chipset::GuestPanic;
 
 use crate::consoles::Line;
@@ -93,6 +94,34 @@ pub(crate) enum Request {
     PowerButton,
     Stop { grace: Option<Duration> },
     Save { path: PathBuf },
+    Debug(DebugRequest),
+}
+
+/// What a debugger wants of the machine.
+#[derive(Debug)]
+pub(crate) enum DebugRequest {
+    /// It stands still until the debugger says otherwise.
+    Hold,
+    /// It goes on, if nobody else has paused it.
+    Run {
+        /// A number larger than that of the run before.
+        run: u64,
+        /// What each vCPU does for the debugger.
+        controls: Vec<DebugControl>,
+        /// Which vCPUs run; all, if it does not say.
+        only: Option<Vec<bool>>,
+    },
+    /// It goes on as if there had never been a debugger.
+    LetGo,
+}
+
+/// What a machine's vCPUs have done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stat {
+    /// Nanoseconds of the guest's time: without pauses.
+    pub time_ns: u64,
+    /// For each vCPU.
+    pub vcpus: Vec<Counters>,
 }
 
 /// What the board says about itself.
@@ -119,6 +148,7 @@ pub(crate) enum Message {
 pub(crate) struct Shared {
     pub(crate) plan: Plan,
     pub(crate) bus: Arc<Bus>,
+    pub(crate) accelerator: Arc<dyn Accelerator>,
     /// Virtual time at which the guest began.
     pub(crate) began: Mutex<u64>,
     pub(crate) now: Mutex<(Phase, u64, Option<Outcome>)>,
@@ -160,7 +190,18 @@ impl MachineHandle {
         Status { name: self.shared.plan.name.clone(), phase, uptime_ms, resets, outcome }
     }
 
-    /// Everything about the machine: status, plan, and what is mapped where now.
+    /// What the vCPUs have done so far. Never waits for the guest.
+    #[must_use]
+    pub fn stat(&self) -> Stat {
+        let began = *locked(&self.shared.began);
+        let counters = |id| self.shared.accelerator.counters(id).unwrap_or_default();
+        Stat {
+            time_ns: self.shared.bus.clock.now().saturating_sub(began),
+            vcpus: (0..self.shared.plan.cpus.count).map(counters).collect(),
+        }
+    }
+
+    /// Everything about the machine: status, plan, counters, and what is mapped where now.
     #[must_use]
     pub fn inspect(&self) -> Value {
         let regions = |space: &terem_bus::AddressSpace| -> Vec<Value> {
@@ -170,6 +211,7 @@ impl MachineHandle {
         json!({
             "status": self.status(),
             "plan": self.shared.plan,
+            "vcpus": self.stat().vcpus,
             "ports": regions(&self.shared.bus.ports),
             "mmio": regions(&self.shared.bus.mmio),
         })
@@ -250,6 +292,11 @@ impl MachineHandle {
     #[must_use]
     pub fn notices(&self) -> &[String] {
         &self.shared.notices
+    }
+
+    /// Does what a debugger wants.
+    pub(crate) fn debug(&self, request: DebugRequest) -> Result<(), RequestError> {
+        self.request(Request::Debug(request))
     }
 
     fn request(&self, request: Request) -> Result<(), RequestError> {

@@ -24,21 +24,25 @@ pub mod smbios;
 mod build;
 mod consoles;
 mod disks;
+mod gdb;
 mod handle;
 mod machine;
 mod nets;
 mod outcome;
 mod saved;
+mod trace;
 mod vcpus;
 
 pub use build::{BuildError, Lent};
 pub use consoles::ConsoleError;
 pub use disks::DiskError;
-pub use handle::{Event, MachineHandle, Phase, RequestError, Status};
+pub use gdb::GdbError;
+pub use handle::{Event, MachineHandle, Phase, RequestError, Stat, Status};
 pub use machine::{Machine, PrepareError};
 pub use nets::NetError;
 pub use outcome::{Outcome, TripleFault};
 pub use saved::SaveError;
+pub use trace::{Lines, TraceError};
 
 /// Does what is much cheaper while the process has one thread only. Nothing depends on it: without it, a machine
 /// starts some 15 ms later.

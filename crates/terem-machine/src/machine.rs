@@ -17,13 +17,17 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use terem_bus::locked;
+use terem_cpu::DebugEvent;
 use terem_devices::chipset::{BoardEvents, GuestPanic};
 use terem_memory::GuestMemory;
 
 use crate::acpi::Tables;
 use crate::board::Board;
 use crate::boot::{BootError, BootFiles, Loaded, firmware_defaults};
-use crate::handle::{BoardEvent, Event, MachineHandle, Message, Phase, Request, RequestError, Shared};
+use crate::gdb;
+use crate::handle::{
+    BoardEvent, DebugRequest, Event, MachineHandle, Message, Phase, Request, RequestError, Shared,
+};
 use crate::outcome::{Outcome, TripleFault};
 use crate::saved::{Parts, SaveError};
 use crate::smbios::Smbios;
@@ -53,6 +57,17 @@ pub struct Machine {
     pub(crate) firmware: Firmware,
     /// Whether the processors are where a saved state or the kernel's entry wants them.
     pub(crate) prepared: bool,
+    /// Where gdb connects, until the machine runs; then who serves it.
+    pub(crate) gdb_listener: Option<gdb::Listener>,
+    pub(crate) gdb: Option<gdb::Server>,
+    /// Somebody outside has paused it.
+    pub(crate) paused: bool,
+    /// A debugger has it stand still.
+    pub(crate) held: bool,
+    /// A debugger is there.
+    pub(crate) debugged: bool,
+    /// The number of the debugger's present or last run.
+    pub(crate) debug_run: u64,
     /// When a guest that was asked to switch itself off is ended by force.
     pub(crate) force_at: Option<Instant>,
     pub(crate) at_end: Vec<AtEnd>,
@@ -169,7 +184,22 @@ impl Machine {
             self.prepare().map_err(|e| e.to_string())?;
         }
         self.vcpus.start(report).map_err(|e| format!("cannot start the threads of the vCPUs: {e}"))?;
-        self.resume();
+        if let Some(listener) = self.gdb_listener.take() {
+            let guest = gdb::Guest {
+                handle: self.handle(),
+                vcpus: self.vcpus.all().to_vec(),
+                memory: self.memory.clone(),
+            };
+            let server = gdb::Server::start(listener, guest);
+            self.gdb = Some(server.map_err(|e| format!("cannot start the thread for gdb: {e}"))?);
+        }
+        self.held = self.shared.plan.gdb.as_ref().is_some_and(|gdb| gdb.wait);
+        if self.held {
+            self.set_phase(Phase::Paused);
+            self.shared.tell(&Event::Paused);
+        } else {
+            self.resume();
+        }
         Ok(())
     }
 
@@ -231,6 +261,10 @@ impl Machine {
         }
         match halt {
             Halt::Error(text) => Some(Outcome::Failed(text)),
+            Halt::Debug(event) => {
+                self.debug_stopped(id, event);
+                None
+            }
             Halt::Shutdown(state) => {
                 let fault = TripleFault { vcpu: id, state: *state };
                 if self.shared.plan.no_reboot {
@@ -246,15 +280,25 @@ impl Machine {
         let failed = |text: String| (Err(RequestError::Failed(text)), None);
         match request {
             Request::Pause => match self.pause() {
+                Ok(()) => {
+                    self.paused = true;
+                    (Ok(()), None)
+                }
+                Err(text) => failed(text),
+            },
+            Request::Resume if self.held => {
+                self.paused = false;
+                failed("gdb has the machine stand still: continue there, or detach".into())
+            }
+            Request::Resume => {
+                self.paused = false;
+                self.go_on();
+                (Ok(()), None)
+            }
+            Request::Debug(request) => match self.debug(request) {
                 Ok(()) => (Ok(()), None),
                 Err(text) => failed(text),
             },
-            Request::Resume => {
-                if self.phase() == Phase::Paused {
-                    self.resume();
-                }
-                (Ok(()), None)
-            }
             Request::Reset => match self.reset() {
                 Ok(()) => (Ok(()), None),
                 Err(text) => (Err(RequestError::Failed(text.clone())), Some(Outcome::Failed(text))),
@@ -276,13 +320,62 @@ impl Machine {
         }
     }
 
-    /// A paused machine goes on first: its guest could not see the button.
+    /// A paused machine goes on first: its guest could not see the button. One that a debugger holds does not.
     fn press_power_button(&mut self) {
-        if self.phase() == Phase::Paused {
-            self.resume();
-        }
+        self.paused = false;
+        self.go_on();
         self.shared.tell(&Event::PowerButton);
         self.board.power_button();
+    }
+
+    /// Goes on, unless somebody wants it to stand still.
+    fn go_on(&mut self) {
+        if self.phase() == Phase::Paused && !self.paused && !self.held {
+            self.resume();
+        }
+    }
+
+    fn debug(&mut self, request: DebugRequest) -> Result<(), String> {
+        match request {
+            DebugRequest::Hold => {
+                self.pause()?;
+                (self.held, self.debugged) = (true, true);
+            }
+            DebugRequest::Run { run, controls, only } => {
+                self.pause()?;
+                self.vcpus.debug(&controls).map_err(|e| e.to_string())?;
+                self.debug_run = run;
+                self.vcpus.gate().let_in(only);
+                self.held = false;
+                self.go_on();
+            }
+            DebugRequest::LetGo => {
+                (self.held, self.debugged) = (false, false);
+                self.pause()?;
+                self.vcpus.debug(&[]).map_err(|e| e.to_string())?;
+                self.vcpus.gate().let_in(None);
+                self.go_on();
+            }
+        }
+        Ok(())
+    }
+
+    /// A vCPU has come to what a debugger waits for, and shut the gate.
+    fn debug_stopped(&mut self, vcpu: u32, event: DebugEvent) {
+        if self.debugged {
+            match self.pause() {
+                Ok(()) => {
+                    self.held = true;
+                    let notice = gdb::Notice::Stopped { run: self.debug_run, vcpu, event };
+                    return self.gdb.iter().for_each(|gdb| gdb.tell(notice));
+                }
+                Err(e) => tracing::warn!("the machine does not stop for gdb: {e}"),
+            }
+        }
+        // The debugger has gone meanwhile.
+        if self.phase() == Phase::Running {
+            self.vcpus.gate().open();
+        }
     }
 
     fn phase(&self) -> Phase {
@@ -359,6 +452,9 @@ impl Machine {
     fn finish(&mut self, outcome: &Outcome) {
         if !self.vcpus.end(CLOSE_TIMEOUT) {
             tracing::warn!("a vCPU does not stop: one of its devices waits for the host");
+        }
+        if let Some(gdb) = self.gdb.take() {
+            gdb.end();
         }
         self.shared.bus.clock.pause();
         self.board.pause();

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use terem_bus::locked;
-use terem_cpu::{Accelerator, CpuError, Stop, Vcpu, VcpuState};
+use terem_cpu::{Accelerator, CpuError, DebugControl, DebugEvent, Stop, Vcpu, VcpuState};
 
 /// A kick that came between two instructions of our own is repeated after this time.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
@@ -24,6 +24,15 @@ struct State {
     open: bool,
     end: bool,
     inside: u32,
+    /// Which processors an open gate lets in; all, if it does not say.
+    only: Option<Vec<bool>>,
+}
+
+impl State {
+    fn lets_in(&self, id: u32) -> bool {
+        let named = |only: &Vec<bool>| only.get(id as usize) == Some(&true);
+        self.open && self.only.as_ref().is_none_or(named)
+    }
 }
 
 /// Lets vCPU threads run, or not.
@@ -37,10 +46,10 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// Waits for the gate to be open; false when the machine has ended.
-    fn enter(&self) -> bool {
+    /// Waits for the gate to be open for a processor; false when the machine has ended.
+    fn enter(&self, id: u32) -> bool {
         let mut state = locked(&self.state);
-        while !state.open && !state.end {
+        while !state.lets_in(id) && !state.end {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.inside += u32::from(!state.end);
@@ -56,6 +65,12 @@ impl Gate {
     /// Lets the processors run.
     pub(crate) fn open(&self) {
         locked(&self.state).open = true;
+        self.changed.notify_all();
+    }
+
+    /// Says which processors it lets in when it is open: all, or those of a list by number.
+    pub(crate) fn let_in(&self, only: Option<Vec<bool>>) {
+        locked(&self.state).only = only;
         self.changed.notify_all();
     }
 
@@ -105,6 +120,8 @@ impl Gate {
 pub(crate) enum Halt {
     /// It shut down in this state.
     Shutdown(Box<VcpuState>),
+    /// It came to what a debugger waits for.
+    Debug(DebugEvent),
     /// Its accelerator cannot go on.
     Error(String),
 }
@@ -144,6 +161,16 @@ impl Vcpus {
         &self.all
     }
 
+    /// Does what a debugger wants; a control for each processor, nothing for those without. To be called while the gate
+    /// is closed.
+    pub(crate) fn debug(&self, controls: &[DebugControl]) -> Result<(), CpuError> {
+        let nothing = DebugControl::default();
+        for (id, vcpu) in self.all.iter().enumerate() {
+            locked(vcpu).debug(controls.get(id).unwrap_or(&nothing))?;
+        }
+        Ok(())
+    }
+
     /// Starts a thread for each processor, in front of the closed gate.
     pub(crate) fn start(&mut self, report: &Arc<Report>) -> std::io::Result<()> {
         for (id, vcpu) in (0_u32..).zip(&self.all) {
@@ -177,7 +204,7 @@ fn run(id: u32, gate: &Gate, vcpu: &Mutex<Box<dyn Vcpu>>, report: &Arc<Report>) 
             self.0.leave();
         }
     }
-    while gate.enter() {
+    while gate.enter(id) {
         let inside = Inside(gate);
         let epoch = gate.epoch();
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -185,6 +212,7 @@ fn run(id: u32, gate: &Gate, vcpu: &Mutex<Box<dyn Vcpu>>, report: &Arc<Report>) 
             match vcpu.run() {
                 Stop::Kicked => None,
                 Stop::Shutdown => Some(Halt::Shutdown(Box::new(vcpu.save()))),
+                Stop::Debug(event) => Some(Halt::Debug(event)),
                 Stop::Error(text) => Some(Halt::Error(text)),
             }
         }));
@@ -193,9 +221,10 @@ fn run(id: u32, gate: &Gate, vcpu: &Mutex<Box<dyn Vcpu>>, report: &Arc<Report>) 
         if halt.is_some() {
             gate.shut();
         }
-        drop(inside);
+        // Before it leaves: who has closed the gate has been told everything.
         if let Some(halt) = halt {
             report(epoch, id, halt);
         }
+        drop(inside);
     }
 }

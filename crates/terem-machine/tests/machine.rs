@@ -108,7 +108,8 @@ impl Guest {
     fn start(&self, from: Option<&Path>) -> Running {
         let plan = Plan::new(&self.config, &HostInventory::here()).unwrap();
         let (sender, screen) = channel();
-        let mut machine = Machine::build(plan, Lent { stdio: Some(Box::new(Screen(sender))) }).unwrap();
+        let mut machine =
+            Machine::build(plan, Lent { stdio: Some(Box::new(Screen(sender))), ..Lent::default() }).unwrap();
         if let Some(dir) = from {
             machine.restore(dir).unwrap();
         }

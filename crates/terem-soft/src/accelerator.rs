@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use terem_bus::{ApicBus, Bus, MsiSink};
-use terem_cpu::{Accelerator, CpuError, CpuModel, Cpuid, MpState, Stop, Topology, Vcpu, VcpuState};
+use terem_cpu::{
+    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, Stop, Topology, Trace, Vcpu,
+    VcpuState,
+};
 use terem_memory::GuestMemory;
 
 use crate::apic::ApicSystem;
 use crate::block::BlockCache;
-use crate::cpu::{Cpu, Stats, Xmm};
+use crate::cpu::{Cpu, Xmm};
 use crate::decode::InstructionSet;
 use crate::mmu::Tlb;
+use crate::stats::Stats;
 use crate::translate::Native;
 use crate::x87::Fpu;
 
@@ -28,6 +32,8 @@ pub struct SoftConfig {
     pub phys_bits: u8,
     /// Whether hot code is translated, or all of it interpreted.
     pub translate: bool,
+    /// What vCPUs tell of what they do.
+    pub trace: Option<Trace>,
 }
 
 /// Runs vCPUs in software.
@@ -37,6 +43,7 @@ pub struct SoftAccelerator {
     memory: GuestMemory,
     apics: Arc<ApicSystem>,
     instruction_set: Arc<InstructionSet>,
+    stats: Vec<Arc<Stats>>,
 }
 
 impl SoftAccelerator {
@@ -68,16 +75,21 @@ impl SoftAccelerator {
             }
         });
         let instruction_set = Arc::new(InstructionSet::new(&config.model.features));
-        Ok(Self { config, bus, memory, apics, instruction_set })
+        let stats = ids.iter().map(|_| Arc::default()).collect();
+        Ok(Self { config, bus, memory, apics, instruction_set, stats })
     }
 
     pub(crate) fn make(&self, id: u32) -> Result<Box<Cpu>, CpuError> {
         let apic =
             self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
+        let stats: Arc<Stats> = self.stats.get(id as usize).map(Arc::clone).unwrap_or_default();
         let c = &self.config;
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
         let native = Native::new(apic.words(), self.config.translate, self.apics.count());
+        if let Some(translator) = &native.translator {
+            stats.code_capacity.set(translator.code_capacity());
+        }
         let mut cpu = Box::new(Cpu {
             gpr: [0; 18],
             rip: 0,
@@ -127,7 +139,8 @@ impl SoftAccelerator {
             apic,
             blocks: BlockCache::new(),
             native,
-            stats: Stats::default(),
+            stats,
+            tracing: c.trace.clone().map(crate::trace::Tracing::new),
             #[cfg(test)]
             catches: false,
             #[cfg(test)]
@@ -160,6 +173,10 @@ impl Accelerator for SoftAccelerator {
             apic.kick();
         }
     }
+
+    fn counters(&self, id: u32) -> Option<Counters> {
+        self.stats.get(id as usize).map(|stats| stats.read(self.bus.clock.now()))
+    }
 }
 
 impl Cpu {
@@ -171,6 +188,21 @@ impl Cpu {
     }
 
     fn load_state(&mut self, s: &VcpuState) -> Result<(), CpuError> {
+        self.load_registers(s)?;
+        self.tsc_offset = s.tsc.wrapping_sub(self.bus.clock.now());
+        self.halted = s.mp_state == MpState::Halted;
+        self.waiting_for_start_up = s.mp_state == MpState::WaitForStartUp;
+        self.interrupt_shadow = s.interrupt_shadow;
+        self.shadow_of_stack = false;
+        self.deferred = None;
+        self.nmi_masked = s.nmi_masked;
+        self.shut_down = false;
+        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
+        self.blocks.clear();
+        Ok(())
+    }
+
+    fn load_registers(&mut self, s: &VcpuState) -> Result<(), CpuError> {
         let bad = |what: &str| Err(CpuError::State(what.into()));
         let protected = s.cr0 & crate::cpu::cr0::PE != 0;
         if s.cr0 & crate::cpu::cr0::PG != 0 && !protected {
@@ -187,14 +219,6 @@ impl Cpu {
         (self.cr0, self.cr2, self.cr3, self.cr4, self.xcr0) = (s.cr0, s.cr2, s.cr3, s.cr4, s.xcr0);
         self.debug = s.debug;
         self.msrs = s.msrs.clone();
-        self.tsc_offset = s.tsc.wrapping_sub(self.bus.clock.now());
-        self.halted = s.mp_state == MpState::Halted;
-        self.waiting_for_start_up = s.mp_state == MpState::WaitForStartUp;
-        self.interrupt_shadow = s.interrupt_shadow;
-        self.shadow_of_stack = false;
-        self.deferred = None;
-        self.nmi_masked = s.nmi_masked;
-        self.shut_down = false;
         self.cpl = if !protected {
             0
         } else if s.rflags & terem_cpu::rflags::VM != 0 {
@@ -203,8 +227,6 @@ impl Cpu {
             (s.segments[VcpuState::SS].access >> 5 & 3) as u8
         };
         self.set_rflags(s.rflags);
-        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
-        self.blocks.clear();
         self.flush_tlb();
         self.refresh_watches();
         self.refresh_mode();
@@ -259,5 +281,17 @@ impl Vcpu for Cpu {
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), CpuError> {
         self.load_state(state)
+    }
+
+    fn set_registers(&mut self, state: &VcpuState) -> Result<(), CpuError> {
+        self.load_registers(state)
+    }
+
+    fn translate(&self, linear: u64) -> Option<u64> {
+        self.probe(linear)
+    }
+
+    fn debug(&mut self, control: &DebugControl) -> Result<(), CpuError> {
+        self.set_debugger(control)
     }
 }

@@ -163,6 +163,20 @@ impl Cpu {
         self.fresh(block).then_some(len)
     }
 
+    /// The bytes of an instruction of `block` at the linear address `linear`; false where they are not in RAM.
+    pub(crate) fn bytes_of_op(&self, block: &Block, op: &Op, linear: u64, to: &mut [u8; MAX_LEN]) -> bool {
+        let [(page, _), (second, _)] = block.pages;
+        let (start, len) = ((linear & !PAGE_MASK) as usize, usize::from(op.len));
+        let on_page = len.min(0x1000 - start);
+        let (a, b) = to[..len].split_at_mut(on_page);
+        let in_ram = self.ram(page << 12).is_some() && self.ram(second << 12).is_some();
+        if in_ram {
+            self.fetch(page << 12 | start as u64, a);
+            self.fetch(second << 12, b);
+        }
+        in_ram
+    }
+
     /// The block at CS:RIP.
     ///
     /// # Errors
@@ -268,7 +282,7 @@ impl Cpu {
     }
 
     fn decode_block(&mut self, linear: u64, physical: u64, stepped: bool) -> Exec<Block> {
-        self.stats.blocks_decoded += 1;
+        self.stats.blocks_decoded.add(1);
         let (mut bytes, mut have) = ([0; BLOCK_BYTES + MAX_LEN], 0);
         let on_page = (0x1000 - (physical as usize & 0xfff)).min(BLOCK_BYTES);
         let page = physical >> 12;

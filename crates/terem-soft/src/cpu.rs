@@ -12,6 +12,8 @@ use crate::block::BlockCache;
 use crate::decode::{InstructionSet, Mode};
 use crate::mmu::Tlb;
 use crate::op::{IP_REG, Op};
+use crate::stats::Stats;
+use crate::trace::Tracing;
 use crate::watch::Watches;
 use crate::x87::Fpu;
 
@@ -19,21 +21,6 @@ use crate::x87::Fpu;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C, align(16))]
 pub struct Xmm(pub u128);
-
-/// Counters for people who want to know what the interpreter does.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Stats {
-    /// Instructions executed.
-    pub instructions: u64,
-    /// Blocks decoded.
-    pub blocks_decoded: u64,
-    /// Stores that hit pages with decoded code.
-    pub code_writes: u64,
-    /// Page walks.
-    pub page_walks: u64,
-    /// Interrupts and exceptions delivered.
-    pub events: u64,
-}
 
 /// CR0 bits (Intel SDM vol. 3, 2.5).
 #[allow(missing_docs, reason = "the manual's own names")]
@@ -181,7 +168,9 @@ pub struct Cpu {
     pub(crate) blocks: BlockCache,
     pub(crate) native: crate::translate::Native,
     /// Counters.
-    pub stats: Stats,
+    pub(crate) stats: Arc<Stats>,
+    /// Who is told what it does; mostly nobody.
+    pub(crate) tracing: Option<Box<Tracing>>,
     /// Faults are not delivered but left in [`Self::caught`], with RIP.
     #[cfg(test)]
     pub(crate) catches: bool,

@@ -31,11 +31,12 @@ mod gate {
 impl Cpu {
     /// Delivers `fault`; `own` and `next` are RIP of the instruction that raised it and of the one after.
     pub(crate) fn raise(&mut self, fault: Fault, own: u64, next: u64) -> Result<(), Shutdown> {
-        self.stats.events += 1;
+        if fault.kind == Kind::External { &self.stats.interrupts } else { &self.stats.exceptions }.add(1);
         // A trap's instruction is done, whatever comes of telling it.
         let own = if fault.kind == Kind::Trap { next } else { own };
         let mut current = fault;
         loop {
+            self.trace_event(current, own);
             let rip = if current.kind == Kind::Fault { own } else { next };
             let cr2 = self.cr2;
             let Err(second) = self.deliver(current, rip) else {

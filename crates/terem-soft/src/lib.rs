@@ -33,14 +33,17 @@ mod membarrier;
 mod memory;
 mod mmu;
 mod op;
+mod probe;
 mod run;
 mod segment;
 mod sse;
 mod stack;
+mod stats;
 mod system;
 mod task;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod translate;
 mod vm86;
 mod watch;
@@ -50,5 +53,4 @@ mod x87;
 mod oracle;
 
 pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
-pub use cpu::Stats;
 pub use membarrier::announce_barriers;

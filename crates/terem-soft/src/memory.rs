@@ -166,7 +166,7 @@ impl Cpu {
         self.memory.marks().written(page);
         // The block that is running may be from this page: let it end after this instruction.
         self.op_end = std::ptr::null();
-        self.stats.code_writes += 1;
+        self.stats.code_writes.add(1);
     }
 
     #[cold]
@@ -262,6 +262,7 @@ impl Cpu {
         }
         let physical = self.translate(linear, Access::Write)?;
         if self.watches.data() {
+            self.data_accessed(self.wrap(linear), size, false);
             self.data_accessed(self.wrap(linear), size, true);
         }
         if 0x1000 - (linear & !PAGE_MASK) < size {

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use terem_cpu::rflags;
+use terem_cpu::{Exit, rflags};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::fault::{Exec, Fault, vector};
@@ -517,7 +517,7 @@ impl Cpu {
 
     /// Walks the page tables; sets accessed and dirty bits as the access needs them.
     fn walk(&mut self, linear: u64, access: Access, user: bool, smap: bool) -> Exec<Mapping> {
-        self.stats.page_walks += 1;
+        self.stats.page_walks.add(1);
         if self.cr0 & cr0::PG == 0 {
             let physical = linear & 0xffff_ffff;
             return Ok(Mapping {
@@ -729,6 +729,7 @@ impl Cpu {
 
     /// INVLPG, or INVPCID of one address: the page of `linear` in all contexts.
     pub(crate) fn invalidate_page(&mut self, linear: u64) {
+        self.stats.tlb_page_flushes.add(1);
         let pcid = self.pcid();
         if !self.tlb.invalidate(linear, pcid) {
             self.flush_tlb();
@@ -738,6 +739,7 @@ impl Cpu {
 
     /// Forgets all translations of all contexts.
     pub(crate) fn flush_tlb(&mut self) {
+        self.stats.tlb_flushes.add(1);
         let pcid = self.pcid();
         self.tlb.flush_all(pcid, self.cr4 & cr4::PGE != 0);
         self.refresh_jump_key();
@@ -746,6 +748,9 @@ impl Cpu {
     /// Goes to another context (a write to CR3); `keep` says that what is remembered of it may stay.
     pub(crate) fn switch_context(&mut self, keep: bool) {
         let pcid = self.pcid();
+        if !keep {
+            self.stats.tlb_flushes.add(1);
+        }
         self.tlb.switch(pcid, keep);
         self.refresh_jump_key();
     }
@@ -786,16 +791,21 @@ impl Cpu {
     }
 
     fn mmio_load(&mut self, at: u64, size: u8) -> u64 {
-        match self.apic.mmio_offset(at) {
+        self.stats.mmio_accesses.add(1);
+        let value = match self.apic.mmio_offset(at) {
             Some(offset) => u64::from(self.apic.read(&self.bus, offset)),
             None => self.bus.mmio.read(at, size),
-        }
+        };
+        self.trace_exit(|| Exit { port: false, address: at, size, write: false, value });
+        value
     }
 
     fn mmio_store(&mut self, at: u64, size: u8, value: u64) {
+        self.stats.mmio_accesses.add(1);
         match self.apic.mmio_offset(at) {
             Some(offset) => self.apic.write(&self.bus, offset, value as u32),
             None => self.bus.mmio.write(at, size, value),
         }
+        self.trace_exit(|| Exit { port: false, address: at, size, write: true, value });
     }
 }

@@ -39,10 +39,11 @@ impl Cpu {
                     self.native.link = NO_LINK;
                     self.execute(known)
                 }
-                Err(_) if self.watches.stopped() => return Stop::Kicked,
+                Err(_) if self.watches.stopped() => return self.debug_stop(),
                 Err(fault) => {
                     let rip = self.rip;
                     self.native.link = NO_LINK;
+                    self.step_ended();
                     self.raise(fault, rip, rip)
                 }
             };
@@ -60,6 +61,21 @@ impl Cpu {
     /// Executes a block to its end or to its first fault.
     #[inline]
     pub(crate) fn execute(&mut self, block: &Block) -> Result<(), Shutdown> {
+        if self.tracing.is_some() {
+            return self.execute_traced(block);
+        }
+        self.execute_ops::<false>(block)
+    }
+
+    /// The same while somebody is told of it.
+    #[cold]
+    #[inline(never)]
+    fn execute_traced(&mut self, block: &Block) -> Result<(), Shutdown> {
+        self.execute_ops::<true>(block)
+    }
+
+    #[inline(always)]
+    fn execute_ops<const TRACED: bool>(&mut self, block: &Block) -> Result<(), Shutdown> {
         let start = self.rip;
         if block.ops().is_empty()
             && let Err(fault) = self.decode_again(block)
@@ -81,6 +97,9 @@ impl Cpu {
         while at < self.op_end {
             // SAFETY: between the slice's first and last element.
             let op = unsafe { &*at };
+            if TRACED {
+                self.trace_op(block, op);
+            }
             if let Err(fault) = (op.run)(self, op) {
                 return self.faulted(fault, op);
             }
@@ -89,7 +108,7 @@ impl Cpu {
         }
         // SAFETY: as above; both pointers are into the slice or one past it.
         let done = unsafe { at.offset_from(ops.as_ptr()) } as usize;
-        self.stats.instructions += done as u64;
+        self.stats.instructions.add(done as u64);
         if at != end {
             // The block was cut: go on after the last instruction executed.
             self.rip = self.wrap_rip(self.next_rip(&ops[done - 1]));
@@ -111,6 +130,7 @@ impl Cpu {
         if fault.kind == Kind::Fault {
             self.discard_hits();
         }
+        self.step_ended();
         #[cfg(test)]
         if self.catches {
             self.caught = Some((fault, own));
@@ -134,7 +154,7 @@ impl Cpu {
     #[inline(never)]
     fn attend(&mut self) -> Option<Stop> {
         if self.watches.stopped() {
-            return Some(Stop::Kicked);
+            return Some(self.debug_stop());
         }
         if let Some(fault) = self.deferred.take()
             && self.raise(fault, self.rip, self.rip).is_err()
@@ -143,9 +163,11 @@ impl Cpu {
             return Some(self.shutdown());
         }
         loop {
+            // A single step is one of the program's own instructions, not of a handler that comes in between.
+            let held = self.interrupt_shadow || (self.watches.stepping() && !self.halted);
             let accepts = Accepts {
-                interrupts: self.system_flags & rflags::IF != 0 && !self.interrupt_shadow,
-                nmi: !self.nmi_masked && !self.interrupt_shadow,
+                interrupts: self.system_flags & rflags::IF != 0 && !held,
+                nmi: !self.nmi_masked && !held,
                 waiting_for_start_up: self.waiting_for_start_up,
             };
             let taken = match self.apic.next(accepts) {
@@ -168,7 +190,9 @@ impl Cpu {
                     self.interrupt(v)
                 }
                 Next::Nothing if self.waiting_for_start_up || (self.halted && !self.interrupt_shadow) => {
+                    self.stats.sleeps(self.bus.clock.now());
                     self.apic.sleep();
+                    self.stats.wakes(self.bus.clock.now());
                     continue;
                 }
                 Next::Nothing if self.halted => {
@@ -179,6 +203,7 @@ impl Cpu {
                 Next::Nothing => return None,
             };
             self.halted = false;
+            self.step_ended();
             if taken.is_err() {
                 self.shut_down = true;
                 return Some(self.shutdown());

@@ -16,14 +16,14 @@
 //!
 //! - a *register's*: `#DB` as the manual says, an instruction breakpoint before its instruction (unless RFLAGS.RF),
 //!   the others after theirs;
-//! - a *debugger's*: [`Cpu::run`] returns [`terem_cpu::Stop::Kicked`], and [`Cpu::take_debug_stop`] says what was
-//!   hit. A breakpoint's instruction has not been executed then, that of a watchpoint has. The next `run` goes on
-//!   beyond the breakpoint that it begins on.
+//! - a *debugger's*: [`Cpu::run`] returns [`terem_cpu::Stop::Debug`]. A breakpoint's instruction has not been executed
+//!   then, that of a watchpoint has.
 //!
-//! A debugger's single step is [`Cpu::set_debugger`] with `step`: `run` returns after one instruction (or after the
-//! first one of the handler of an event that came instead).
+//! A debugger's single step is [`Cpu::set_debugger`] with `step`: `run` returns after one instruction, or before the
+//! first one of an exception's handler. Interrupts wait meanwhile: a program is not stepped through if each step ends
+//! in the handler of the timer's interrupt, which is due whenever a person looks at the screen.
 
-use terem_cpu::rflags;
+use terem_cpu::{CpuError, DebugControl, DebugEvent, Stop, Watchpoint, rflags};
 
 use crate::cpu::{Cpu, cr4};
 use crate::event::Shutdown;
@@ -66,6 +66,8 @@ pub(crate) enum WatchKind {
     Write,
     /// Reads of and writes to any of the bytes.
     Access,
+    /// Reads of any of the bytes. Debug registers have no such.
+    Read,
     /// `in` and `out` of any of the ports.
     Port,
 }
@@ -92,21 +94,23 @@ pub(crate) struct Watch {
 
 impl Watch {
     fn is_data(&self) -> bool {
-        matches!(self.kind, WatchKind::Write | WatchKind::Access)
+        matches!(self.kind, WatchKind::Write | WatchKind::Access | WatchKind::Read)
+    }
+
+    /// What a debugger is told of a hit.
+    fn event(&self) -> DebugEvent {
+        let kind = match self.kind {
+            WatchKind::Execute | WatchKind::Port => return DebugEvent::Breakpoint(self.at),
+            WatchKind::Write => terem_cpu::WatchKind::Write,
+            WatchKind::Access => terem_cpu::WatchKind::Access,
+            WatchKind::Read => terem_cpu::WatchKind::Read,
+        };
+        DebugEvent::Watchpoint(Watchpoint { address: self.at, length: self.len as u8, kind })
     }
 
     fn touches(&self, at: u64, len: u64) -> bool {
         at < self.at.saturating_add(self.len) && self.at < at.saturating_add(len)
     }
-}
-
-/// Why [`Cpu::run`] came back for the debugger.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum DebugStop {
-    /// One of its watches was hit.
-    Watch(Watch),
-    /// The single step that it asked for is done.
-    Step,
 }
 
 /// All watches of a vCPU, and what of them was hit.
@@ -128,7 +132,7 @@ pub(crate) struct Watches {
     /// It is a repeated string instruction that is not through.
     repeats: bool,
     /// For the debugger, once the vCPU has come to rest.
-    stop: Option<DebugStop>,
+    stop: Option<DebugEvent>,
     /// Linear address of the debugger's breakpoint that `run` begins on.
     passing: Option<u64>,
 }
@@ -215,25 +219,51 @@ impl Cpu {
 
     /// What the debugger wants: its break- and watchpoints in place of those before, and whether to stop after one
     /// instruction. Not while the vCPU runs.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the gdb stub"))]
-    pub(crate) fn set_debugger(&mut self, watches: &[(u64, u64, WatchKind)], step: bool) {
+    ///
+    /// # Errors
+    /// A watchpoint is empty, or longer than [`Watchpoint::LONGEST`].
+    pub(crate) fn set_debugger(&mut self, wanted: &DebugControl) -> Result<(), CpuError> {
+        let DebugControl { breakpoints, watchpoints, step, pass } = wanted;
+        if watchpoints.iter().any(|w| !(1..=Watchpoint::LONGEST).contains(&w.length)) {
+            let reason = format!("a watchpoint has 1 to {} bytes", Watchpoint::LONGEST);
+            return Err(CpuError::Unsupported { accelerator: "the software CPU", reason });
+        }
+        let owner = Owner::Debugger;
         let mut list: Vec<Watch> = of_registers(&self.debug, self.cr4 & cr4::DE != 0).collect();
-        list.extend(watches.iter().map(|&(at, len, kind)| Watch { at, len, kind, owner: Owner::Debugger }));
-        self.watches.step = step;
+        list.extend(breakpoints.iter().map(|&at| Watch { at, len: 1, kind: WatchKind::Execute, owner }));
+        list.extend(watchpoints.iter().map(|w| {
+            let kind = match w.kind {
+                terem_cpu::WatchKind::Read => WatchKind::Read,
+                terem_cpu::WatchKind::Write => WatchKind::Write,
+                terem_cpu::WatchKind::Access => WatchKind::Access,
+            };
+            Watch { at: w.address, len: u64::from(w.length), kind, owner }
+        }));
+        self.watches.step = *step;
+        self.watches.stop = None;
+        self.watches.passing = pass.then(|| self.linear_rip());
         self.set_watches(list);
         self.refresh_mode();
+        // The last step may have held back interrupts.
+        self.apic.look_again();
+        Ok(())
     }
 
-    /// Why the last [`Cpu::run`] came back, if it was for the debugger.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the gdb stub"))]
-    pub(crate) fn take_debug_stop(&mut self) -> Option<DebugStop> {
-        let stop = self.watches.stop.take();
-        if let Some(DebugStop::Watch(w)) = stop
-            && w.kind == WatchKind::Execute
-        {
-            self.watches.passing = Some(w.at);
+    /// What [`Cpu::run`] comes back with when the vCPU has come to rest for the debugger.
+    pub(crate) fn debug_stop(&mut self) -> Stop {
+        self.watches.stop.take().map_or(Stop::Kicked, Stop::Debug)
+    }
+
+    /// The debugger's step is over without an instruction's having been executed: an event came in its place.
+    pub(crate) fn step_ended(&mut self) {
+        if self.watches.step {
+            self.watches.stop.get_or_insert(DebugEvent::Step);
+            self.apic.look_again();
         }
-        stop
+    }
+
+    fn linear_rip(&self) -> u64 {
+        self.wrap(self.segment_base[terem_cpu::VcpuState::CS].wrapping_add(self.rip))
     }
 
     fn set_watches(&mut self, list: Vec<Watch>) {
@@ -252,7 +282,8 @@ impl Cpu {
     /// An access to data on a watched page.
     pub(crate) fn data_accessed(&mut self, linear: u64, len: u64, write: bool) {
         const WRITES: &[WatchKind] = &[WatchKind::Write, WatchKind::Access];
-        self.watches.note(linear, len, &WRITES[usize::from(!write)..]);
+        const READS: &[WatchKind] = &[WatchKind::Read, WatchKind::Access];
+        self.watches.note(linear, len, if write { WRITES } else { READS });
         if self.watches.pending {
             self.end_block();
         }
@@ -284,7 +315,7 @@ impl Cpu {
         for w in self.watches.list.iter().filter(|w| w.kind == WatchKind::Execute && w.at == linear) {
             match w.owner {
                 Owner::Debugger if !passing => {
-                    self.watches.stop = Some(DebugStop::Watch(*w));
+                    self.watches.stop = Some(w.event());
                     // Whatever is told instead of running has no effect: the loop looks at `stop` first.
                     return Err(Fault::UD);
                 }
@@ -314,6 +345,7 @@ impl Cpu {
     pub(crate) fn resume_string(&mut self) {
         self.watches.repeats = self.watches.pending || self.mode.single;
         if self.watches.executes {
+            self.watches.passing = Some(self.linear_rip());
             self.system_flags |= rflags::RF;
             self.settle_resume_flag();
         }
@@ -348,9 +380,9 @@ impl Cpu {
             conditions |= dr6::BS;
         }
         if let Some(w) = self.watches.hit {
-            self.watches.stop = Some(DebugStop::Watch(w));
+            self.watches.stop = Some(w.event());
         } else if stepping.is_some() && self.watches.step {
-            self.watches.stop = Some(DebugStop::Step);
+            self.watches.stop = Some(DebugEvent::Step);
         }
         if self.watches.stop.is_some() {
             self.apic.look_again();

@@ -51,6 +51,17 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Show what a machine's vCPUs have done, in numbers.
+    Stat {
+        /// The machine.
+        name: String,
+        /// Count for so many seconds, and show how often in a second things happened.
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        interval: Option<u64>,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Attach this terminal to a machine's console; Ctrl-a x leaves it.
     Console {
         /// The machine.
@@ -137,6 +148,12 @@ pub struct RunArguments {
     /// Whether the guest gets an entropy device.
     #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on")]
     pub rng: Option<Switch>,
+    /// Where gdb can connect; with `wait` the guest stands still until it lets it go on.
+    #[arg(long, value_name = "[HOST:]PORT|unix:PATH[,wait]")]
+    pub gdb: Option<String>,
+    /// Write down what the vCPUs do; can be repeated.
+    #[arg(long, value_name = "instructions|interrupts|exits[,file=…]")]
+    pub trace: Vec<String>,
     /// End where the guest would reset the machine.
     #[arg(long)]
     pub no_reboot: bool,

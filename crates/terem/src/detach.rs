@@ -69,8 +69,9 @@ pub fn tell_parent(handle: MachineHandle) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name("parent".into()).spawn(move || {
         let name = handle.plan().name.clone();
         drop(handle);
-        let first = events.iter().find(|event| matches!(event, Event::Running | Event::Ended { .. }));
-        if first == Some(Event::Running)
+        // A machine that waits for gdb is paused first.
+        let known = |event: &Event| matches!(event, Event::Running | Event::Paused | Event::Ended { .. });
+        if matches!(events.iter().find(known), Some(Event::Running | Event::Paused))
             && let Err(error) = turn_to_log(&name)
         {
             tracing::warn!("this machine has no log: {error}");

@@ -97,7 +97,7 @@ fn duration(ms: u64) -> String {
     }
 }
 
-fn connect(verb: &str, name: &str) -> Result<Client, Failure> {
+pub fn connect(verb: &str, name: &str) -> Result<Client, Failure> {
     let machines = all()?;
     let Some(machine) = machines.iter().find(|machine| machine.name == name) else {
         let names: Vec<_> = machines.iter().map(|machine| machine.name.as_str()).collect();
@@ -113,7 +113,7 @@ fn connect(verb: &str, name: &str) -> Result<Client, Failure> {
     Client::connect(&machine.socket).map_err(|error| refused(verb, name, &error))
 }
 
-fn refused(verb: &str, name: &str, error: &ClientError) -> Failure {
+pub fn refused(verb: &str, name: &str, error: &ClientError) -> Failure {
     Failure::host(format!("cannot {verb} {name}: {error}"))
 }
 

@@ -15,6 +15,7 @@ mod machines;
 mod reference;
 mod run;
 mod settings;
+mod stat;
 mod stdio;
 mod terminal;
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         }
         Command::Ps { json } => machines::ps(json),
         Command::Inspect { name } => machines::inspect(&name),
+        Command::Stat { name, interval, json } => stat::show(&name, interval, json),
         Command::Stop { name, timeout, force } => machines::stop(&name, timeout, force),
         Command::Console { name } => machines::console(&name),
         Command::Config(ConfigCommand::Schema { control }) => print_schema(control),

@@ -7,12 +7,14 @@ use serde_json::Value;
 use std::fmt::Write;
 
 /// Flags of `run` whose values are tables, with the table's name in the schema.
-const TABLES: [(&str, &str); 5] = [
+const TABLES: [(&str, &str); 7] = [
     ("cpus", "CpusConfig"),
     ("cpu", "CpuConfig"),
     ("accel", "AccelConfig"),
     ("disk", "DiskConfig"),
     ("net", "NetConfig"),
+    ("gdb", "GdbConfig"),
+    ("trace", "TraceConfig"),
 ];
 
 /// One key of a table.
@@ -108,7 +110,11 @@ pub fn markdown() -> String {
     );
     table(&mut text, &properties(&schema, &schema));
     for (flag, name) in TABLES {
-        let title = if matches!(flag, "disk" | "net") { format!("[[{flag}]]") } else { format!("[{flag}]") };
+        let title = if matches!(flag, "disk" | "net" | "trace") {
+            format!("[[{flag}]]")
+        } else {
+            format!("[{flag}]")
+        };
         let about = schema["$defs"][name]["description"].as_str().unwrap_or_default();
         let _ = write!(text, "\n### `{title}`, `--{flag}`\n\n{about}\n\n");
         table(&mut text, &keys(&schema, name));
@@ -128,7 +134,7 @@ const INTRODUCTION: &str = "\
     terem run [FLAGS] [DISK | MACHINE.toml]
 
 Runs a machine until its guest switches itself off. A positional argument that ends in `.toml` is a machine file, any other
-the first disk. Flags go before the file: single values replace the file's, `--disk` adds disks after the file's, `--net`
+the first disk. Flags go before the file: single values replace the file's, `--disk` and `--trace` add to the file's, `--net`
 replaces all of the file's network interfaces. `--print-config` writes the result as a machine file.
 
 Values that are tables are written `key=value,key=value`. The first word may stand alone: it belongs to the main key. A later
@@ -164,6 +170,7 @@ and root only. Requests and answers are lines of JSON; `terem config schema --co
 | `terem ps` | lists the machines, and clears away what dead ones have left |
 | `terem inspect NAME` | shows a machine's plan and state |
 | `terem stop NAME [--timeout S] [--force]` | presses the power button, and pulls the plug after S seconds (30) or at once |
+| `terem stat NAME [--interval S] [--json]` | shows what its vCPUs have done: instructions, translations, TLB, interrupts (see [debugging](debugging.md)) |
 | `terem console NAME` | attaches this terminal; `Ctrl-a x` leaves it |
 
 With `--detach` the machine goes on in the background as soon as its guest runs; until then errors and exit codes are those

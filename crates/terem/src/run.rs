@@ -114,7 +114,10 @@ impl Session {
         let on_stdio = plan.serial == CharConfig::Stdio
             || plan.console.as_ref().is_some_and(|c| c.backend == CharConfig::Stdio);
         let console = on_stdio.then(|| Arc::new(Console::new(CONSOLE, !detached)));
-        let lent = Lent { stdio: console.clone().map(|console| Box::new(ConsoleEnd(console)) as _) };
+        let lent = Lent {
+            stdio: console.clone().map(|console| Box::new(ConsoleEnd(console)) as _),
+            trace: Some(Box::new(stdio::Lines)),
+        };
         let name = plan.name.clone();
         if let Some(reason) = &plan.accelerator.reason {
             stdio::tell(&format!("terem: {name} runs on the software CPU: {reason}"));

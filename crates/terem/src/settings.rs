@@ -50,6 +50,8 @@ fn apply(arguments: &RunArguments, config: &mut MachineConfig, errors: &mut Vec<
     take.table("cpu", arguments.cpu.as_deref(), &mut config.cpu);
     take.table("accel", arguments.accel.as_deref(), &mut config.accel);
     take.list("disk", &arguments.disk, &mut config.disks);
+    take.optional("gdb", arguments.gdb.as_deref(), &mut config.gdb);
+    take.list("trace", &arguments.trace, &mut config.traces);
     if !arguments.net.is_empty() {
         config.nets.clear();
         take.list("net", &arguments.net, &mut config.nets);
@@ -97,6 +99,14 @@ impl Taker<'_> {
         }
     }
 
+    fn optional<T: KeyValue>(&mut self, key: &str, given: Option<&str>, target: &mut Option<T>) {
+        match given.map(from_key_values) {
+            Some(Ok(value)) => *target = Some(value),
+            Some(Err(error)) => self.0.push(error.within(key)),
+            None => {}
+        }
+    }
+
     fn list<T: KeyValue>(&mut self, key: &str, given: &[String], target: &mut Vec<T>) {
         for text in given {
             match from_key_values(text) {
@@ -138,6 +148,22 @@ mod tests {
         assert_eq!(config.disks.len(), 2);
         assert_eq!((config.disks[1].path.to_str(), config.disks[1].readonly), (Some("b"), true));
         assert_eq!((config.nets.len(), config.nics().count(), config.rng), (1, 0, false));
+    }
+
+    #[test]
+    fn debugging_is_part_of_the_machine() {
+        let config = parse(&["--kernel", "k", "--gdb", "1234,wait", "--trace", "exits,file=x"]).unwrap();
+        let text = config.to_toml().unwrap();
+        assert!(text.contains("listen = \"127.0.0.1:1234\"") && text.contains("what = \"exits\""), "{text}");
+        assert_eq!(terem_config::from_toml(&text, Path::new("m.toml")).unwrap(), config);
+        let failure =
+            parse(&["--gdb", "x", "--trace", "ports", "--trace", "exits,fle=x"]).unwrap_err().to_string();
+        for part in ["gdb.listen = \"x\"", "trace[0].what = \"ports\"", "(did you mean `file`?)"] {
+            assert!(failure.contains(part), "no `{part}` in\n{failure}");
+        }
+        let twice =
+            parse(&["--kernel", "k", "--trace", "exits", "--trace", "exits"]).unwrap_err().to_string();
+        assert!(twice.contains("trace[1].what"), "{twice}");
     }
 
     #[test]

@@ -65,6 +65,25 @@ pub fn copy_output(console: Arc<Console>) -> io::Result<JoinHandle<()>> {
     })
 }
 
+/// Standard error for whole lines, also while the terminal is raw.
+pub struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        if crate::terminal::is_raw() {
+            stderr.write_all(&String::from_utf8_lossy(bytes).replace('\n', "\r\n").into_bytes())?;
+        } else {
+            stderr.write_all(bytes)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
 /// A line for the user, in between the guest's output.
 pub fn tell(text: &str) {
     let end = if crate::terminal::is_raw() { "\r\n" } else { "\n" };

@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use terem_machine::control::{
-    Claim, Console, ControlError, ControlServer, ControlTarget, MachineState, Status, protocol::VERSION,
+    Claim, Console, ControlError, ControlServer, ControlTarget, Counters, MachineState, Stat, Status,
+    protocol::VERSION,
 };
 
 /// A runtime directory of the test's own, so that tests see neither each other's machines nor the user's.
@@ -79,6 +80,10 @@ impl ControlTarget for Fake {
             memory: 512 << 20,
             uptime_ms: 65_000,
         }
+    }
+    fn stat(&self) -> Stat {
+        let counters = Counters { page_walks: 7, ..Counters::default() };
+        Stat { time_ns: 5_000_000, vcpus: vec![counters; 2] }
     }
     fn inspect(&self) -> serde_json::Value {
         serde_json::json!({"plan": {"name": "fake"}})
@@ -258,6 +263,25 @@ fn names_are_unique() {
     assert!(err.contains("hint: another --name, or `terem stop fake`"), "{err}");
     let (_, err) = home.expect(2, &["run", "--name", "no/slash", "--kernel", "k"]);
     assert!(err.contains("name = \"no/slash\""), "{err}");
+}
+
+#[test]
+fn stat_shows_counters_and_rates() {
+    let home = Home::new();
+    let _machine = fake_machine(&home);
+    let row = |words: &[&str], title: &str| -> Vec<String> {
+        let (out, _) = home.expect(0, words);
+        let line = out.lines().find(|l| l.starts_with(title)).unwrap();
+        line[title.len()..].split_whitespace().map(String::from).collect()
+    };
+    assert_eq!(row(&["stat", "fake"], "page walks"), ["7", "7"]);
+    assert_eq!(row(&["stat", "fake", "--interval", "1"], "page walks/s"), ["0.0", "0.0"]);
+    let (out, _) = home.expect(0, &["stat", "fake", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&json["vcpus"][1]["page_walks"], &json["time_ns"]), (&7.into(), &5_000_000.into()));
+    home.expect(2, &["stat", "fake", "--interval", "0"]);
+    let (_, err) = home.expect(1, &["stat", "nobody"]);
+    assert!(err.contains("no machine of this name") && err.contains("running: fake"), "{err}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The asking side.
 
-use super::protocol::{Command, ControlError, Outcome, Request, Response, Status};
+use super::protocol::{Command, ControlError, Outcome, Request, Response, Stat, Status};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -74,6 +74,14 @@ impl Client {
     /// As [`Self::call`].
     pub fn status(&mut self) -> Result<Status, ClientError> {
         Ok(serde_json::from_value(self.call(Command::Status)?)?)
+    }
+
+    /// What its vCPUs have done.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn stat(&mut self) -> Result<Stat, ClientError> {
+        Ok(serde_json::from_value(self.call(Command::Stat)?)?)
     }
 
     /// Waits until the machine has ended, up to `timeout`. `false` if it has not.

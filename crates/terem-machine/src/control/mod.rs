@@ -19,9 +19,10 @@ mod target;
 pub use claim::{Claim, ClaimError, Running, running};
 pub use client::{Client, ClientError};
 pub use console::Console;
-pub use protocol::{Command, ControlError, ErrorCode, MachineState, Status};
+pub use protocol::{Command, ControlError, ErrorCode, MachineState, Stat, Status};
 pub use server::{ControlServer, ServerError};
 pub use target::{ConsoleEnd, MachineTarget};
+pub use terem_cpu::Counters;
 
 use std::sync::Arc;
 
@@ -30,6 +31,8 @@ use std::sync::Arc;
 pub trait ControlTarget: Send + Sync {
     /// How the machine is.
     fn status(&self) -> Status;
+    /// What its vCPUs have done.
+    fn stat(&self) -> Stat;
     /// Everything there is to know about it: its plan and its devices' state, for people and programs.
     fn inspect(&self) -> serde_json::Value;
     /// Presses the power button.

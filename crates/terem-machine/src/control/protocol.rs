@@ -9,6 +9,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use terem_cpu::Counters;
 
 /// Version of the protocol, told in [`Status`].
 pub const VERSION: u32 = 1;
@@ -32,6 +33,8 @@ pub struct Request {
 pub enum Command {
     /// How the machine is: answered by a `Status`.
     Status,
+    /// What the machine's vCPUs have done: answered by a `Stat`.
+    Stat,
     /// The machine's plan and state: answered by an object.
     Inspect,
     /// Ends the machine: by its power button, or at once.
@@ -117,6 +120,15 @@ pub struct Status {
     pub uptime_ms: u64,
 }
 
+/// What a machine's vCPUs have done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Stat {
+    /// Nanoseconds of the guest's time since it began to run, without pauses.
+    pub time_ns: u64,
+    /// The vCPUs, by their numbers.
+    pub vcpus: Vec<Counters>,
+}
+
 /// What a machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -131,18 +143,19 @@ pub enum MachineState {
     Stopping,
 }
 
-/// The JSON schema of the protocol: of requests, responses, and a status.
+/// The JSON schema of the protocol: of requests, responses, and results.
 pub fn schema() -> serde_json::Value {
     let mut generator = schemars::SchemaGenerator::default();
     let request = generator.subschema_for::<Request>();
     let response = generator.subschema_for::<Response>();
     let status = generator.subschema_for::<Status>();
+    let stat = generator.subschema_for::<Stat>();
     serde_json::json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Control socket of a Teremok machine",
         "description": "Lines of JSON on a Unix stream socket: clients send requests, the machine sends responses.",
         "oneOf": [request, response],
-        "properties": { "result": { "anyOf": [status, { "type": "object" }] } },
+        "properties": { "result": { "anyOf": [status, stat, { "type": "object" }] } },
         "$defs": generator.take_definitions(true),
     })
 }
@@ -171,9 +184,19 @@ mod tests {
     #[test]
     fn schema_describes_every_command() {
         let text = schema().to_string();
-        for word in
-            ["status", "inspect", "stop", "pause", "resume", "console", "force", "bad_request", "uptime_ms"]
-        {
+        for word in [
+            "status",
+            "stat",
+            "inspect",
+            "stop",
+            "pause",
+            "resume",
+            "console",
+            "force",
+            "bad_request",
+            "uptime_ms",
+            "page_walks",
+        ] {
             assert!(text.contains(&format!("\"{word}\"")), "{word}");
         }
     }

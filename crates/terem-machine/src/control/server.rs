@@ -225,6 +225,8 @@ fn carry_out(command: &Command, target: &dyn ControlTarget) -> Result<serde_json
     match command {
         Command::Status => serde_json::to_value(target.status())
             .map_err(|error| ControlError::new(ErrorCode::Unavailable, error.to_string())),
+        Command::Stat => serde_json::to_value(target.stat())
+            .map_err(|error| ControlError::new(ErrorCode::Unavailable, error.to_string())),
         Command::Inspect => Ok(target.inspect()),
         Command::Stop { force: false } => target.power_button().map(|()| done),
         Command::Stop { force: true } => {

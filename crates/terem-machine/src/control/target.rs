@@ -1,6 +1,6 @@
 //! A built machine behind its control socket.
 
-use super::protocol::{ControlError, ErrorCode, MachineState, Status, VERSION};
+use super::protocol::{ControlError, ErrorCode, MachineState, Stat, Status, VERSION};
 use super::{Console, ControlTarget};
 use crate::handle::{MachineHandle, Phase, RequestError};
 use std::sync::Arc;
@@ -41,6 +41,11 @@ impl ControlTarget for MachineTarget {
             memory: plan.memory.size,
             uptime_ms: status.uptime_ms,
         }
+    }
+
+    fn stat(&self) -> Stat {
+        let crate::handle::Stat { time_ns, vcpus } = self.handle.stat();
+        Stat { time_ns, vcpus }
     }
 
     fn inspect(&self) -> serde_json::Value {

@@ -1,7 +1,7 @@
 //! The socket with a machine that only remembers what was asked of it.
 
-use super::super::protocol::{MachineState, Status, VERSION};
-use super::super::{Client, ClientError};
+use super::super::protocol::{MachineState, Stat, Status, VERSION};
+use super::super::{Client, ClientError, Counters};
 use super::*;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,6 +23,10 @@ impl ControlTarget for Fake {
             memory: 1 << 30,
             uptime_ms: 5,
         }
+    }
+    fn stat(&self) -> Stat {
+        let counters = Counters { page_walks: 7, ..Counters::default() };
+        Stat { time_ns: 5_000_000, vcpus: vec![counters; 2] }
     }
     fn inspect(&self) -> serde_json::Value {
         serde_json::json!({"board": "q35"})

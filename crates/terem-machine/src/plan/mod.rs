@@ -9,7 +9,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use terem_config::{AccelKind, CharConfig, DiskConfig, MachineConfig, NetBackendConfig, NetConfig};
+use terem_config::{
+    AccelKind, CharConfig, DiskConfig, GdbConfig, MachineConfig, NetBackendConfig, NetConfig, TraceConfig,
+};
 use terem_cpu::{CpuModel, ModelError, Topology};
 
 pub use host::HostInventory;
@@ -44,6 +46,10 @@ pub struct Plan {
     pub nets: Vec<NetPlan>,
     /// Whether the machine ends where the guest would reset it.
     pub no_reboot: bool,
+    /// Where gdb connects.
+    pub gdb: Option<GdbConfig>,
+    /// What is written down of what the vCPUs do.
+    pub traces: Vec<TraceConfig>,
 }
 
 /// A chipset with its devices.
@@ -232,6 +238,8 @@ impl Plan {
                 disks: d.disks,
                 nets: d.nets,
                 no_reboot: config.no_reboot,
+                gdb: config.gdb.clone(),
+                traces: config.traces.clone(),
             }),
             _ => Err(PlanErrors(errors)),
         }

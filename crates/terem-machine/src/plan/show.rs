@@ -37,6 +37,16 @@ impl fmt::Display for Plan {
             }
             writeln!(f, "cmdline      {}", boot.cmdline)?;
         }
+        if let Some(gdb) = &self.gdb {
+            let wait = if gdb.wait { ", which the guest waits for" } else { "" };
+            writeln!(f, "gdb          {}{wait}", gdb.listen)?;
+        }
+        for trace in &self.traces {
+            let what = format!("{:?}", trace.what).to_lowercase();
+            let place =
+                trace.file.as_ref().map_or("standard error".into(), |file| file.display().to_string());
+            writeln!(f, "trace        {what} to {place}")?;
+        }
         writeln!(f, "\naddresses\n{}", self.memory)?;
         self.devices(f)
     }

@@ -1,7 +1,7 @@
 //! Port I/O: `in`, `out`, `ins`, `outs`.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
-use terem_cpu::{Segment, rflags};
+use terem_cpu::{Exit, Segment, rflags};
 
 use crate::cpu::{Cpu, cr0};
 use crate::decode::Mode;
@@ -76,6 +76,21 @@ impl Cpu {
         let wanted = ((1_u16 << size) - 1) << (port % 8);
         if bits & wanted == 0 { Ok(()) } else { Err(Fault::GP0) }
     }
+
+    fn read_port(&mut self, port: u16, size: u8) -> u64 {
+        let address = u64::from(port);
+        let value = self.bus.ports.read(address, size);
+        self.stats.port_accesses.add(1);
+        self.trace_exit(|| Exit { port: true, address, size, write: false, value });
+        value
+    }
+
+    fn write_port(&mut self, port: u16, size: u8, value: u64) {
+        let address = u64::from(port);
+        self.bus.ports.write(address, size, value);
+        self.stats.port_accesses.add(1);
+        self.trace_exit(|| Exit { port: true, address, size, write: true, value });
+    }
 }
 
 fn port(cpu: &Cpu, op: &Op) -> u16 {
@@ -85,7 +100,7 @@ fn port(cpu: &Cpu, op: &Op) -> u16 {
 fn port_in(cpu: &mut Cpu, op: &Op) -> Exec {
     let port = port(cpu, op);
     cpu.port_allowed(port, op.extra)?;
-    let value = cpu.bus.ports.read(u64::from(port), op.extra as u8);
+    let value = cpu.read_port(port, op.extra as u8);
     cpu.ports_accessed(port, op.extra);
     match op.extra {
         1 => cpu.gpr[0] = cpu.gpr[0] & !0xff | value & 0xff,
@@ -97,7 +112,7 @@ fn port_in(cpu: &mut Cpu, op: &Op) -> Exec {
 fn port_out(cpu: &mut Cpu, op: &Op) -> Exec {
     let port = port(cpu, op);
     cpu.port_allowed(port, op.extra)?;
-    cpu.bus.ports.write(u64::from(port), op.extra as u8, cpu.gpr[0]);
+    cpu.write_port(port, op.extra as u8, cpu.gpr[0]);
     cpu.ports_accessed(port, op.extra);
     Ok(())
 }
@@ -154,7 +169,7 @@ fn ins(cpu: &mut Cpu, op: &Op) -> Exec {
         let at = cpu.linear(op, offset, u64::from(op.extra), true)?;
         // The page must be writable before the port is read.
         cpu.translate(at, crate::mmu::Access::Write)?;
-        let value = cpu.bus.ports.read(u64::from(port), op.extra as u8);
+        let value = cpu.read_port(port, op.extra as u8);
         cpu.ports_accessed(port, op.extra);
         match op.extra {
             1 => cpu.store(at, value as u8)?,
@@ -178,7 +193,7 @@ fn outs(cpu: &mut Cpu, op: &Op) -> Exec {
             2 => u64::from(cpu.load::<u16>(at)?),
             _ => u64::from(cpu.load::<u32>(at)?),
         };
-        cpu.bus.ports.write(u64::from(port), op.extra as u8, value);
+        cpu.write_port(port, op.extra as u8, value);
         cpu.ports_accessed(port, op.extra);
         set_masked(&mut cpu.gpr[6], mask, offset.wrapping_add(step));
         Ok(())

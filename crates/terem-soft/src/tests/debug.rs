@@ -1,10 +1,10 @@
 //! Debug registers, single steps, and what a debugger outside asks for (Intel SDM vol. 3, chapter on debugging).
 
 use iced_x86::code_asm::*;
-use terem_cpu::{Stop, VcpuState, rflags};
+use terem_cpu::{DebugControl, DebugEvent, Stop, VcpuState, Watchpoint, rflags};
 
 use super::{CODE, Rig, WINDOW};
-use crate::watch::{DebugStop, WatchKind, dr6};
+use crate::watch::dr6;
 
 /// DR7 with register `n` on for `kind` (R/W field) and `len` (LEN field).
 fn control(n: u32, kind: u64, len: u64) -> u64 {
@@ -205,20 +205,26 @@ fn a_debugger_stops_the_processor_and_goes_on() {
         a.jmp(again)
     });
     terem_cpu::Vcpu::restore(&mut *cpu, &state).unwrap();
-    cpu.set_debugger(&[(CODE + 10, 1, WatchKind::Execute)], false);
+    let at_breakpoint = Stop::Debug(DebugEvent::Breakpoint(CODE + 10));
+    let mut wanted = DebugControl { breakpoints: vec![CODE + 10], ..DebugControl::default() };
     for round in 0..3 {
-        assert_eq!(cpu.run(), Stop::Kicked);
-        let stop = cpu.take_debug_stop();
-        assert!(matches!(stop, Some(DebugStop::Watch(w)) if w.at == CODE + 10), "{stop:?}");
+        cpu.set_debugger(&wanted).unwrap();
+        assert_eq!(cpu.run(), at_breakpoint);
         assert_eq!((cpu.rip, cpu.gpr[3]), (CODE + 10, round));
+        wanted.pass = true;
     }
-    cpu.set_debugger(&[(WINDOW + 8, 4, WatchKind::Write)], false);
-    assert_eq!(cpu.run(), Stop::Kicked);
-    assert!(matches!(cpu.take_debug_stop(), Some(DebugStop::Watch(w)) if w.kind == WatchKind::Write));
+    wanted.pass = false;
+    cpu.set_debugger(&wanted).unwrap();
+    assert_eq!((cpu.run(), cpu.gpr[3]), (at_breakpoint, 2), "it has not been passed");
+    let watchpoint = Watchpoint { address: WINDOW + 8, length: 4, kind: terem_cpu::WatchKind::Write };
+    let wanted = DebugControl { watchpoints: vec![watchpoint], ..DebugControl::default() };
+    cpu.set_debugger(&wanted).unwrap();
+    assert_eq!(cpu.run(), Stop::Debug(DebugEvent::Watchpoint(watchpoint)));
     assert_eq!((cpu.rip, cpu.gpr[3]), (CODE + 17, 3), "after the store");
-    cpu.set_debugger(&[], true);
-    assert_eq!(cpu.run(), Stop::Kicked);
-    assert_eq!((cpu.take_debug_stop(), cpu.rip), (Some(DebugStop::Step), CODE + 10));
+    cpu.set_debugger(&DebugControl { step: true, ..DebugControl::default() }).unwrap();
+    assert_eq!((cpu.run(), cpu.rip), (Stop::Debug(DebugEvent::Step), CODE + 10));
+    let long = Watchpoint { length: 9, ..watchpoint };
+    assert!(cpu.set_debugger(&DebugControl { watchpoints: vec![long], ..DebugControl::default() }).is_err());
     assert_eq!(cpu.debug[dr6::INDEX] & 0xf, 0, "the guest's registers know nothing of it");
 }
 

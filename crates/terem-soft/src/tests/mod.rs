@@ -6,6 +6,7 @@ mod code_changes;
 mod debug;
 mod events;
 mod msr;
+mod outside;
 mod paging;
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -70,10 +71,15 @@ impl Rig {
     }
 
     fn with(cpus: u32, clock: Clock) -> Self {
+        Self::traced(cpus, clock, None)
+    }
+
+    fn traced(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>) -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
         let bus = Arc::new(Bus::new(clock));
         let model = CpuModel::find("terem64", &[]).unwrap();
-        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate: true };
+        let config =
+            SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate: true, trace };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

@@ -151,6 +151,11 @@ impl CodeMemory {
         self.hot.used + self.cold.used - self.cold.begin
     }
 
+    /// Bytes of code at most.
+    pub(super) fn code_size(&self) -> usize {
+        self.cold.end - self.hot.begin
+    }
+
     /// Adds code, which lies at [`Self::next`] and [`Self::next_cold`] then; false if there is no room.
     pub(super) fn add(&mut self, hot: &[u8], cold: &[u8]) -> bool {
         if !(self.hot.fits(hot.len() + 16) && self.cold.fits(cold.len() + 16)) {

@@ -164,10 +164,6 @@ pub(crate) struct Translator {
     links: Vec<Link>,
     cross_links: u32,
     encoder: iced_x86::Encoder,
-    /// Counters.
-    pub(crate) translations: u64,
-    /// How often all was dropped.
-    pub(crate) flushes: u64,
 }
 
 impl Translator {
@@ -188,8 +184,6 @@ impl Translator {
             links,
             cross_links: 0,
             encoder: iced_x86::Encoder::new(64),
-            translations: 0,
-            flushes: 0,
         }))
     }
 
@@ -198,6 +192,5 @@ impl Translator {
         self.memory.clear();
         self.links.truncate(1);
         self.cross_links = 0;
-        self.flushes += 1;
     }
 }

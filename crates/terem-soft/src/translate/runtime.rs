@@ -115,6 +115,7 @@ impl Cpu {
         let op = &site.op;
         let (next, key) = (self.next_rip(op), self.native.jump_key);
         let epoch = self.tlb.data_epochs[self.tlb.set()];
+        self.trace_handler(op);
         self.rip = next;
         self.op_end = op;
         if let Err(fault) = (op.run)(self, op) {
@@ -152,6 +153,7 @@ impl Cpu {
             && !self.tlb.strict()
             && !self.interrupt_shadow
             && self.native.translator.is_some()
+            && !self.traces_instructions()
     }
 
     /// Forgets where code lies if some of it was written over.
@@ -182,19 +184,22 @@ impl Cpu {
         let mut translator = self.native.translator.take()?;
         if translator.is_full() {
             tracing::debug!(
-                translations = translator.translations,
+                translations = self.stats.blocks_translated.get(),
                 code = translator.memory.code_used(),
                 links = translator.links.len(),
                 cross = translator.cross_links,
                 "translations are dropped"
             );
             translator.clear();
+            self.stats.code_flushes.add(1);
             self.blocks.drop_translations();
             self.tlb.new_epochs();
             self.refresh_jump_key();
             self.native.link = NO_LINK;
         }
         let code = translator.translate(self, block);
+        self.stats.blocks_translated.add(u64::from(code.is_some()));
+        self.stats.code_bytes.set(translator.code_bytes());
         self.native.translator = Some(translator);
         block.code[self.tlb.set()].set(code.unwrap_or(u64::MAX));
         if code.is_some() {
@@ -245,6 +250,16 @@ impl Cpu {
 }
 
 impl Translator {
+    /// Bytes of host code that are kept.
+    pub(crate) fn code_bytes(&self) -> u64 {
+        self.memory.code_used() as u64
+    }
+
+    /// Bytes of host code that can be kept.
+    pub(crate) fn code_capacity(&self) -> u64 {
+        self.memory.code_size() as u64
+    }
+
     fn is_full(&self) -> bool {
         // A translation takes less than this of each.
         self.memory.is_nearly_full() || (self.cross_links as usize + 256) * size_of::<CrossLink>() > self.memory.links_size()
@@ -310,7 +325,6 @@ impl Translator {
             offset: l.offset,
             cross: l.cross,
         }));
-        self.translations += 1;
         Some(base)
     }
 

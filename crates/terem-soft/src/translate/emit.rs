@@ -2,9 +2,9 @@
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analyse::{Item, Kind};
 use super::Site;
 use super::access::{Miss, PageKey};
+use super::analyse::{Item, Kind};
 use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
 use super::flow::NewLink;
@@ -55,7 +55,14 @@ pub(super) enum Cold {
     /// Pushes or pops that do not lie on the page remembered.
     Run { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool) },
     /// Accesses that do not lie on the page remembered.
-    Group { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool), vectors: bool },
+    Group {
+        miss: Miss,
+        site: u64,
+        items: Vec<Item>,
+        recipe: Option<Recipe>,
+        done: (usize, bool),
+        vectors: bool,
+    },
     /// Leaves by a link.
     Leave { jumps: Vec<Jump>, link: u32 },
     /// A conditional jump to another page.

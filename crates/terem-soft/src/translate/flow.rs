@@ -8,10 +8,10 @@ use std::mem::offset_of;
 
 use iced_x86::{ConditionCode, OpKind};
 
+use super::access::{Miss, Page};
 use super::analyse::{Item, Kind};
 use super::asm::host::{RSP, SP, T0, T1, T2};
 use super::asm::{Asm, Jump, Place, cc};
-use super::access::{Miss, Page};
 use super::emit::{CannotEncode, Cold, Emitter, Flags};
 use super::stubs::{native, push, slot};
 use super::{CrossLink, JumpEntry, Native};

@@ -262,7 +262,8 @@ impl Translator {
 
     fn is_full(&self) -> bool {
         // A translation takes less than this of each.
-        self.memory.is_nearly_full() || (self.cross_links as usize + 256) * size_of::<CrossLink>() > self.memory.links_size()
+        self.memory.is_nearly_full()
+            || (self.cross_links as usize + 256) * size_of::<CrossLink>() > self.memory.links_size()
     }
 
     /// Lets a link lead to a translation.

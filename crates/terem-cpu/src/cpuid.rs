@@ -2,6 +2,7 @@
 
 use crate::features::Register::{Eax, Ebx, Ecx, Edx};
 use crate::model::CpuModel;
+use crate::xstate::{self, HEADER_END};
 
 /// How many processors there are and how they are grouped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +112,8 @@ impl Cpuid {
                 [self.signature(), ebx, bits(Ecx), bits(Edx) | htt]
             }
             4 => self.intel_cache(subleaf),
+            // Lines of 64 bytes; interrupts end `mwait` (ECX bits 0 and 1).
+            5 if m.features.has("monitor") => [64, 64, 3, 0],
             6 | 7 if subleaf == 0 => [bits(Eax), bits(Ebx), bits(Ecx), bits(Edx)],
             0xb => self.extended_topology(subleaf),
             0xd => self.xsave(subleaf, bits(Eax)),
@@ -182,14 +185,19 @@ impl Cpuid {
         [shift, count, subleaf | kind << 8, self.apic_id]
     }
 
-    /// Leaf 0Dh, XSAVE: x87 and SSE. Subleaf 0's EBX (size of what is enabled) is the accelerator's.
+    /// Leaf 0Dh, XSAVE. The sizes of what is enabled, EBX of the first two subleaves, are the accelerator's.
     fn xsave(&self, subleaf: u32, eax: u32) -> [u32; 4] {
-        let features = &self.model.features;
+        let all = xstate::components(&self.model.features);
+        let bytes = |n: usize| u32::try_from(n).unwrap_or(0);
+        let component = |c: &&xstate::Component| all & c.bit != 0 && c.bit.trailing_zeros() == subleaf;
         match subleaf {
-            _ if !features.has("xsave") => [0; 4],
-            0 => [3, 576, 576, 0],
+            _ if all == 0 => [0; 4],
+            0 => [u32::try_from(all).unwrap_or(0), bytes(HEADER_END), bytes(xstate::standard_size(all)), 0],
             1 => [eax, 0, 0, 0],
-            _ => [0; 4],
+            _ => xstate::COMPONENTS
+                .iter()
+                .find(component)
+                .map_or([0; 4], |c| [bytes(c.size), bytes(c.offset), 0, 0]),
         }
     }
 
@@ -255,5 +263,18 @@ mod tests {
         let c = Cpuid::new(m, Topology::flat(2), 0, 1, 40);
         assert_eq!(c.query(1, 0).registers[2] & (1 << 25 | 1 << 26), 0);
         assert_eq!(c.query(0xd, 0).registers, [0; 4]);
+    }
+
+    #[test]
+    fn xsave_leaves_tell_of_each_component() {
+        let c = |name| Cpuid::new(CpuModel::find(name, &[]).unwrap(), Topology::flat(1), 0, 1, 40);
+        assert_eq!(c("terem64").query(0xd, 0).registers, [3, 576, 576, 0]);
+        assert_eq!(c("terem64").query(0xd, 2).registers, [0; 4]);
+        assert_eq!(c("x86-64-v3").query(0xd, 0).registers, [7, 576, 832, 0]);
+        assert_eq!(c("max").query(0xd, 0).registers, [0x207, 576, 840, 0]);
+        assert_eq!(c("max").query(0xd, 1).registers, [15, 0, 0, 0]);
+        assert_eq!(c("max").query(0xd, 2).registers, [256, 576, 0, 0]);
+        assert_eq!(c("max").query(0xd, 9).registers, [8, 832, 0, 0]);
+        assert_eq!(c("max").query(0xd, 77).registers, [0; 4]);
     }
 }

@@ -60,7 +60,9 @@ pub const FEATURES: &[Feature] = &[
     f("sse2", 1, 0, Edx, 26),
     f("sse3", 1, 0, Ecx, 0),
     f("pclmulqdq", 1, 0, Ecx, 1),
+    f("monitor", 1, 0, Ecx, 3),
     f("ssse3", 1, 0, Ecx, 9),
+    f("fma", 1, 0, Ecx, 12),
     f("cx16", 1, 0, Ecx, 13),
     f("pcid", 1, 0, Ecx, 17),
     f("sse4.1", 1, 0, Ecx, 19),
@@ -71,23 +73,35 @@ pub const FEATURES: &[Feature] = &[
     f("tsc-deadline", 1, 0, Ecx, 24),
     f("aes", 1, 0, Ecx, 25),
     f("xsave", 1, 0, Ecx, 26),
+    f("avx", 1, 0, Ecx, 28),
+    f("f16c", 1, 0, Ecx, 29),
     f("rdrand", 1, 0, Ecx, 30),
     f("hypervisor", 1, 0, Ecx, 31),
     f("arat", 6, 0, Eax, 2),
     f("fsgsbase", 7, 0, Ebx, 0),
     f("tsc-adjust", 7, 0, Ebx, 1),
+    f("bmi1", 7, 0, Ebx, 3),
+    f("avx2", 7, 0, Ebx, 5),
     f("smep", 7, 0, Ebx, 7),
+    f("bmi2", 7, 0, Ebx, 8),
     f("erms", 7, 0, Ebx, 9),
     f("invpcid", 7, 0, Ebx, 10),
     f("rdseed", 7, 0, Ebx, 18),
+    f("adx", 7, 0, Ebx, 19),
     f("smap", 7, 0, Ebx, 20),
     f("clflushopt", 7, 0, Ebx, 23),
     f("clwb", 7, 0, Ebx, 24),
+    f("sha-ni", 7, 0, Ebx, 29),
     f("umip", 7, 0, Ecx, 2),
+    f("pku", 7, 0, Ecx, 3),
+    f("vaes", 7, 0, Ecx, 9),
+    f("vpclmulqdq", 7, 0, Ecx, 10),
     f("rdpid", 7, 0, Ecx, 22),
     f("fsrm", 7, 0, Edx, 4),
     f("xsaveopt", 0xd, 1, Eax, 0),
+    f("xsavec", 0xd, 1, Eax, 1),
     f("xgetbv1", 0xd, 1, Eax, 2),
+    f("xsaves", 0xd, 1, Eax, 3),
     f("syscall", 0x8000_0001, 0, Edx, 11),
     f("nx", 0x8000_0001, 0, Edx, 20),
     f("pdpe1gb", 0x8000_0001, 0, Edx, 26),
@@ -145,6 +159,11 @@ impl FeatureSet {
     #[must_use]
     pub fn missing_from(&self, other: &Self) -> Vec<&'static str> {
         self.0.difference(&other.0).copied().collect()
+    }
+
+    /// Without those of `other`.
+    pub fn remove(&mut self, other: &Self) {
+        self.0.retain(|name| !other.0.contains(name));
     }
 
     /// The bits that CPUID shows in this register.

@@ -14,6 +14,7 @@ mod features;
 mod model;
 mod state;
 mod trace;
+pub mod xstate;
 
 pub use accelerator::{Accelerator, CpuError, Stop, Vcpu};
 pub use counters::Counters;
@@ -21,7 +22,8 @@ pub use cpuid::{Cpuid, CpuidEntry, Topology};
 pub use debug::{DebugControl, DebugEvent, WatchKind, Watchpoint};
 pub use features::{FEATURES, Feature, FeatureSet, Register, feature};
 pub use model::{CpuModel, ModelError, models};
-pub use state::{ApicState, DescriptorTable, MpState, Msrs, Segment, VcpuState, XSAVE_SIZE, rflags};
+pub use state::{ApicState, DescriptorTable, MpState, Msrs, Segment, VcpuState, rflags};
 pub use trace::{
     Exit, InstructionBytes, Interruption, InterruptionKind, Trace, TraceEvent, TraceKind, TraceSink,
 };
+pub use xstate::XSAVE_SIZE;

@@ -15,6 +15,8 @@ pub struct CpuModel {
     pub brand: &'static str,
     /// What it has.
     pub features: FeatureSet,
+    /// What it does without where the accelerator or the host lacks it; everything else must be there.
+    pub optional: FeatureSet,
 }
 
 /// Why a model cannot be had.
@@ -104,6 +106,14 @@ const TEREM: &[&str] = &[
     "3dnowprefetch",
 ];
 
+/// x86-64-v3 beyond v2, and what operating systems need for it.
+const V3: &[&str] =
+    &["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave", "xsaveopt", "xsavec", "xgetbv1"];
+
+/// What `max` has beyond v3 and the default model. MONITOR is left to those who ask for it: it can do no
+/// better in software than look again and again.
+const MAX: &[&str] = &["adx", "pku", "sha-ni", "vaes", "vpclmulqdq", "xsaves"];
+
 /// The catalogue; the first is the default.
 ///
 /// Family 15 is what other emulators show as their default as well: guests know it as a processor
@@ -116,15 +126,25 @@ pub fn models() -> Vec<CpuModel> {
         signature: (15, 107, 1),
         brand,
         features: FeatureSet::of(&sets.concat()),
+        optional: FeatureSet::default(),
     };
+    let max = model("max", "Teremok virtual CPU (max)", &[BASELINE, V2, V3, TEREM, MAX]);
     vec![
         model("terem64", "Teremok virtual CPU", &[BASELINE, V2, TEREM]),
         model("x86-64-v1", "Teremok virtual CPU (x86-64-v1)", &[BASELINE]),
         model("x86-64-v2", "Teremok virtual CPU (x86-64-v2)", &[BASELINE, V2]),
+        model("x86-64-v3", "Teremok virtual CPU (x86-64-v3)", &[BASELINE, V2, V3]),
+        CpuModel { optional: max.features.clone(), ..max },
     ]
 }
 
 impl CpuModel {
+    /// Leaves out those optional features that `available` does not have.
+    pub fn leave_out_what_is_not_in(&mut self, available: &FeatureSet) {
+        let missing = FeatureSet::of(&self.optional.missing_from(available));
+        self.features.remove(&missing);
+    }
+
     /// The model `name` with `flags` (`+aes`, `-sse4.2`) applied in order.
     ///
     /// # Errors
@@ -149,6 +169,8 @@ impl CpuModel {
         let Some(mut model) = found.filter(|_| errors.is_empty()) else { return Err(errors) };
         for (f, on) in changes {
             model.features.set(f, on);
+            // What somebody asks for by name is not left out in silence.
+            model.optional.set(f, false);
         }
         Ok(model)
     }
@@ -160,9 +182,19 @@ mod tests {
 
     #[test]
     fn every_name_in_the_catalogue_is_a_feature() {
-        for name in [BASELINE, V2, TEREM].concat() {
+        for name in [BASELINE, V2, V3, TEREM, MAX].concat() {
             assert!(feature(name).is_some(), "{name}");
         }
+    }
+
+    #[test]
+    fn only_max_does_without_and_not_without_what_was_asked_for() {
+        assert!(models().iter().all(|m| m.optional == FeatureSet::default() || m.name == "max"));
+        let max = CpuModel::find("max", &["+avx2".into()]).unwrap();
+        assert!(max.features.has("avx2") && !max.optional.has("avx2") && max.optional.has("fma"));
+        let mut here = max.clone();
+        here.leave_out_what_is_not_in(&FeatureSet::of(&["aes", "bmi1"]));
+        assert!(here.features.has("bmi1") && !here.features.has("fma") && here.features.has("avx2"));
     }
 
     #[test]

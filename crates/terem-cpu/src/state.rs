@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::xstate::XSAVE_SIZE;
+
 /// Bits of RFLAGS (Intel SDM vol. 1, 3.4.3).
 #[allow(missing_docs, reason = "the manual's own names")]
 pub mod rflags {
@@ -27,10 +29,6 @@ pub mod rflags {
     /// CF, PF, AF, ZF, SF and OF.
     pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 }
-
-/// Bytes of the XSAVE area kept in the state: legacy region, header and AVX state, standard format
-/// (Intel SDM vol. 1, 13.4).
-pub const XSAVE_SIZE: usize = 512 + 64 + 256;
 
 /// A segment register with its hidden part.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,7 +234,7 @@ pub struct VcpuState {
     pub msrs: Msrs,
     /// The time-stamp counter's value at the moment of saving.
     pub tsc: u64,
-    /// x87, SSE and AVX state: an XSAVE area in standard format, [`XSAVE_SIZE`] bytes.
+    /// x87, SSE and AVX state, and PKRU: an XSAVE area in standard format, [`XSAVE_SIZE`] bytes.
     pub xsave: Vec<u8>,
     /// The local APIC.
     pub apic: ApicState,

@@ -11,7 +11,7 @@ use terem_memory::GuestMemory;
 
 use crate::apic::ApicSystem;
 use crate::block::BlockCache;
-use crate::cpu::{Cpu, Xmm};
+use crate::cpu::{Cpu, Ymm};
 use crate::decode::InstructionSet;
 use crate::mmu::Tlb;
 use crate::stats::Stats;
@@ -52,8 +52,9 @@ impl SoftAccelerator {
     /// # Errors
     /// [`CpuError::Unsupported`] lists the model's features that this host's CPU lacks and the interpreter
     /// takes from it.
-    pub fn new(bus: Arc<Bus>, memory: GuestMemory, config: SoftConfig) -> Result<Self, CpuError> {
+    pub fn new(bus: Arc<Bus>, memory: GuestMemory, mut config: SoftConfig) -> Result<Self, CpuError> {
         let host = crate::sse::supported_features();
+        config.model.leave_out_what_is_not_in(&host);
         let missing: Vec<&str> = config.model.features.missing_from(&host);
         if !missing.is_empty() {
             let reason = format!(
@@ -86,7 +87,8 @@ impl SoftAccelerator {
         let c = &self.config;
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
-        let native = Native::new(apic.words(), self.config.translate, self.apics.count());
+        let (vcpus, avx) = (self.apics.count(), c.model.features.has("avx"));
+        let native = Native::new(apic.words(), self.config.translate, vcpus, avx);
         if let Some(translator) = &native.translator {
             stats.code_capacity.set(translator.code_capacity());
         }
@@ -99,7 +101,8 @@ impl SoftAccelerator {
             segment_base: [0; 8],
             segments: fresh.segments,
             cpl: 0,
-            xmm: [Xmm::default(); 16],
+            ymm: [Ymm::default(); 16],
+            uppers: false,
             mxcsr: 0x1f80,
             mxcsr_on_host: false,
             fpu: Fpu::default(),
@@ -116,6 +119,7 @@ impl SoftAccelerator {
             cr3: 0,
             cr4: 0,
             xcr0: 1,
+            pkru: 0,
             debug: fresh.debug,
             ldtr: fresh.ldtr,
             tr: fresh.tr,

@@ -22,6 +22,16 @@ use crate::x87::Fpu;
 #[repr(C, align(16))]
 pub struct Xmm(pub u128);
 
+/// A 256-bit vector register: the XMM register of the same number, and what lies above it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C, align(32))]
+pub struct Ymm {
+    /// Bits 127:0.
+    pub low: Xmm,
+    /// Bits 255:128.
+    pub high: Xmm,
+}
+
 /// CR0 bits (Intel SDM vol. 3, 2.5).
 #[allow(missing_docs, reason = "the manual's own names")]
 pub mod cr0 {
@@ -58,6 +68,7 @@ pub mod cr4 {
     pub const OSXSAVE: u64 = 1 << 18;
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
+    pub const PKE: u64 = 1 << 22;
 }
 
 /// EFER bits.
@@ -91,8 +102,10 @@ pub struct Cpu {
     /// Present privilege level (0–3).
     pub cpl: u8,
 
-    /// XMM registers.
-    pub xmm: [Xmm; 16],
+    /// XMM registers, each with the upper half of its YMM register.
+    pub ymm: [Ymm; 16],
+    /// Whether upper halves may be other than zero; translated code uses it as a byte.
+    pub(crate) uppers: bool,
     /// MXCSR; while [`Self::mxcsr_on_host`], without the flags raised since: [`Self::guest_mxcsr`].
     pub mxcsr: u32,
     /// The host's MXCSR collects the guest's flags.
@@ -125,6 +138,8 @@ pub struct Cpu {
     pub cr4: u64,
     /// Enabled XSAVE components.
     pub xcr0: u64,
+    /// What may be done with pages of each protection key: two bits a key, access-disable and write-disable.
+    pub pkru: u32,
     /// DR0–DR3, DR6, DR7.
     pub debug: [u64; 6],
     /// LDTR.

@@ -8,7 +8,7 @@ use terem_cpu::FeatureSet;
 use crate::cpu::Cpu;
 use crate::fault::{Exec, Fault};
 use crate::op::{ADDR16, ADDR32, CHECKED, FLAT, Handler, IP_REG, NO_REG, Op, STACK16, STACK32};
-use crate::{integer, sse, system, x87};
+use crate::{integer, sse, system, vex, x87};
 
 /// Operand and address size that code has by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub struct Mode {
     pub stack32: bool,
     /// SSE and later.
     pub sse: Unit,
+    /// AVX and what else is encoded with VEX and uses vectors.
+    pub avx: Unit,
     /// x87.
     pub x87: Unit,
     /// MMX.
@@ -57,6 +59,7 @@ impl Mode {
         code: CodeSize::Code16,
         stack32: false,
         sse: Unit::On,
+        avx: Unit::Undefined,
         x87: Unit::On,
         mmx: Unit::On,
         wait: Unit::On,
@@ -66,7 +69,7 @@ impl Mode {
     /// All of it in a few bits, as part of a block's key.
     #[must_use]
     pub fn key(self) -> u32 {
-        let Self { code, stack32, sse, x87, mmx, wait, single } = self;
+        let Self { code, stack32, sse, avx, x87, mmx, wait, single } = self;
         code as u32
             | u32::from(stack32) << 2
             | (sse as u32) << 3
@@ -74,6 +77,7 @@ impl Mode {
             | (mmx as u32) << 7
             | (wait as u32) << 9
             | u32::from(single) << 11
+            | (avx as u32) << 12
     }
 
     fn bits(self) -> u32 {
@@ -157,8 +161,12 @@ impl InstructionSet {
             ("smap", &[F::SMAP]),
             ("invpcid", &[F::INVPCID]),
             ("abm", &[F::LZCNT]),
+            ("pku", &[F::PKU]),
+            ("xsavec", &[F::XSAVEC]),
+            ("xsaves", &[F::XSAVES]),
+            ("monitor", &[F::MONITOR]),
         ];
-        for (name, codes) in named {
+        for (name, codes) in named.iter().chain(&vex::FEATURES) {
             if features.has(name) {
                 for &f in *codes {
                     set.allowed[f as usize] = true;
@@ -166,14 +174,22 @@ impl InstructionSet {
             }
         }
         // Without BMI1 and ABM, F3 before bsf and bsr means nothing.
-        set.options |= DecoderOptions::NO_MPFX_0FBC;
+        if !features.has("bmi1") {
+            set.options |= DecoderOptions::NO_MPFX_0FBC;
+        }
         if !features.has("abm") {
             set.options |= DecoderOptions::NO_MPFX_0FBD;
         }
         set
     }
 
-    fn has(&self, code: Code) -> bool {
+    /// Options of the decoder.
+    #[cfg(test)]
+    pub(crate) fn options(&self) -> u32 {
+        self.options
+    }
+
+    pub(crate) fn has(&self, code: Code) -> bool {
         code.cpuid_features().iter().all(|&f| self.allowed[f as usize])
     }
 }
@@ -309,6 +325,7 @@ pub(crate) fn decode_both(bytes: &[u8], offset: u16, mode: Mode, set: &Instructi
         }
         integer::handler(&insn, mode, &mut op)
             .or_else(|| sse::handler(&insn, mode, &mut op))
+            .or_else(|| vex::handler(&insn, mode, &mut op))
             .or_else(|| x87::handler(&insn, mode, &mut op))
             .or_else(|| system::handler(&insn, mode, &mut op))
     });
@@ -360,6 +377,7 @@ fn unit(insn: &Instruction, mode: Mode) -> Option<Handler> {
     let has = |f: &[CpuidFeature]| features.iter().any(|x| f.contains(x));
     use CpuidFeature as F;
     let state = match insn.mnemonic() {
+        _ if vex::uses_avx_state(insn) => mode.avx,
         Mnemonic::Wait => mode.wait,
         Mnemonic::Fxsave | Mnemonic::Fxrstor | Mnemonic::Fxsave64 | Mnemonic::Fxrstor64 => match mode.x87 {
             Unit::On => return None,
@@ -378,7 +396,18 @@ fn unit(insn: &Instruction, mode: Mode) -> Option<Handler> {
         {
             mode.mmx
         }
-        _ if has(&[F::SSE, F::SSE2, F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ]) => {
+        _ if has(&[
+            F::SSE,
+            F::SSE2,
+            F::SSE3,
+            F::SSSE3,
+            F::SSE4_1,
+            F::SSE4_2,
+            F::AES,
+            F::PCLMULQDQ,
+            F::SHA,
+        ]) =>
+        {
             mode.sse
         }
         _ => return None,

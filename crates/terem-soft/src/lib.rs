@@ -45,6 +45,7 @@ mod task;
 mod tests;
 mod trace;
 mod translate;
+mod vex;
 mod vm86;
 mod watch;
 mod x87;

@@ -91,6 +91,7 @@ mod code {
     pub(super) const USER: u32 = 1 << 2;
     pub(super) const RESERVED: u32 = 1 << 3;
     pub(super) const FETCH: u32 = 1 << 4;
+    pub(super) const KEY: u32 = 1 << 5;
 }
 
 /// Page-table entry bits.
@@ -102,6 +103,8 @@ mod pte {
     pub(super) const DIRTY: u64 = 1 << 6;
     pub(super) const LARGE: u64 = 1 << 7;
     pub(super) const GLOBAL: u64 = 1 << 8;
+    /// The protection key's place (bits 62:59), in a leaf entry of 4-level paging.
+    pub(super) const KEY_SHIFT: u32 = 59;
     pub(super) const NX: u64 = 1 << 63;
 }
 
@@ -434,6 +437,26 @@ struct Mapping {
     dirty: bool,
     /// The page is in all contexts.
     global: bool,
+    /// The protection key takes away reads and writes, only writes, or nothing.
+    kept: Kept,
+}
+
+/// What a page's protection key takes away from data accesses (Intel SDM vol. 3, 4.6.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    Writes,
+    All,
+}
+
+impl Kept {
+    fn denies(self, access: Access) -> bool {
+        match access {
+            Access::Read => self == Self::All,
+            Access::Write => self != Self::Nothing,
+            Access::Execute => false,
+        }
+    }
 }
 
 impl Cpu {
@@ -497,10 +520,14 @@ impl Cpu {
         // Supervisor data accesses to user pages are not for the set under SMAP, and fetches from them not
         // for either under SMEP.
         let data = if supervisor { !(set == KERNEL && m.user) } else { m.user && !self.tlb.strict }
+            && !m.kept.denies(Access::Read)
             && !self.watches.data_on(linear);
         let page = Permitted {
             data,
-            write: data && m.dirty && (m.writable || (supervisor && self.cr0 & cr0::WP == 0)),
+            write: data
+                && m.dirty
+                && !m.kept.denies(Access::Write)
+                && (m.writable || (supervisor && self.cr0 & cr0::WP == 0)),
             fetch: if supervisor { !(m.user && self.cr4 & cr4::SMEP != 0) } else { m.user } && m.executable,
             global: m.global,
         };
@@ -528,6 +555,7 @@ impl Cpu {
                 executable: true,
                 dirty: true,
                 global: false,
+                kept: Kept::Nothing,
             });
         }
         let found = loop {
@@ -602,7 +630,12 @@ impl Cpu {
                 level -= 1;
                 continue;
             }
-            self.permitted(access, user, smap, writable, to_user, executable)?;
+            let kept = if to_user { self.kept_by_key(entry, user) } else { Kept::Nothing };
+            let key = if kept.denies(access) { code::KEY } else { 0 };
+            self.permitted(access, user, smap, writable, to_user, executable).map_err(|code| code | key)?;
+            if key != 0 {
+                return Err(code::PRESENT | key);
+            }
             let set = pte::ACCESSED | if access == Access::Write { pte::DIRTY } else { 0 };
             self.mark(at, entry, set)?;
             let offset = (1_u64 << shift) - 1;
@@ -614,6 +647,7 @@ impl Cpu {
                 executable,
                 dirty: (entry | set) & pte::DIRTY != 0,
                 global: entry & pte::GLOBAL != 0,
+                kept,
             });
         }
     }
@@ -645,6 +679,7 @@ impl Cpu {
                 executable: true,
                 dirty,
                 global,
+                kept: Kept::Nothing,
             });
         }
         self.mark_32(at, directory as u32, pte::ACCESSED as u32)?;
@@ -660,7 +695,31 @@ impl Cpu {
         let physical = entry & 0xffff_f000 | linear & 0xfff;
         let dirty = (entry | set) & pte::DIRTY != 0;
         let global = entry & pte::GLOBAL != 0;
-        Ok(Mapping { physical, bits: 12, user: to_user, writable, executable: true, dirty, global })
+        let kept = Kept::Nothing;
+        Ok(Mapping { physical, bits: 12, user: to_user, writable, executable: true, dirty, global, kept })
+    }
+
+    /// What the protection key of a user page's entry takes away.
+    fn kept_by_key(&self, entry: u64, user: bool) -> Kept {
+        if self.cr4 & cr4::PKE == 0 || !self.long_mode() {
+            return Kept::Nothing;
+        }
+        let rights = self.pkru >> (2 * (entry >> pte::KEY_SHIFT & 15)) & 3;
+        match rights {
+            0 => Kept::Nothing,
+            2 if user || self.cr0 & cr0::WP != 0 => Kept::Writes,
+            2 => Kept::Nothing,
+            _ => Kept::All,
+        }
+    }
+
+    /// Sets PKRU.
+    pub(crate) fn set_pkru(&mut self, value: u32) {
+        let changed = self.pkru != value;
+        self.pkru = value;
+        if changed && self.cr4 & cr4::PKE != 0 {
+            self.flush_tlb();
+        }
     }
 
     /// Access rights (Intel SDM vol. 3, 4.6.1).

@@ -114,6 +114,13 @@ impl Cpu {
             } else {
                 Unit::On
             },
+            avx: if self.cr4 & cr4::OSXSAVE == 0 || self.xcr0 & 6 != 6 || !self.protected() {
+                Unit::Undefined
+            } else if has(cr0::TS) {
+                Unit::NotAvailable
+            } else {
+                Unit::On
+            },
             x87: if has(cr0::EM) || has(cr0::TS) { Unit::NotAvailable } else { Unit::On },
             mmx: if has(cr0::EM) {
                 Unit::Undefined

@@ -38,7 +38,8 @@ pub(super) fn handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Bts => return Some(bit_test::<Bts>(insn, op)),
         Mnemonic::Btr => return Some(bit_test::<Btr>(insn, op)),
         Mnemonic::Btc => return Some(bit_test::<Btc>(insn, op)),
-        Mnemonic::Bsf | Mnemonic::Bsr | Mnemonic::Popcnt | Mnemonic::Lzcnt | Mnemonic::Crc32 => {}
+        Mnemonic::Bsf | Mnemonic::Bsr | Mnemonic::Popcnt => {}
+        Mnemonic::Lzcnt | Mnemonic::Tzcnt | Mnemonic::Crc32 => {}
         _ => return None,
     }
     op.reg = reg(insn, 0);
@@ -57,6 +58,7 @@ pub(super) fn handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Bsr => scan!(bsr),
         Mnemonic::Popcnt => scan!(popcnt),
         Mnemonic::Lzcnt => scan!(lzcnt),
+        Mnemonic::Tzcnt => scan!(tzcnt),
         _ => crc32(width(insn, 1), w == 8, from_memory),
     })
 }
@@ -180,13 +182,23 @@ fn popcnt<S: Source, W: Word>(cpu: &mut Cpu, op: &Op) -> Exec {
 
 fn lzcnt<S: Source, W: Word>(cpu: &mut Cpu, op: &Op) -> Exec {
     let b = S::read::<W>(cpu, op)?;
-    let count = b.wide().leading_zeros() - (64 - W::BITS);
-    W::cut(u64::from(count)).set(cpu, op.reg);
+    counted(cpu, op, b.wide().leading_zeros() - (64 - W::BITS), W::BITS, W::cut);
+    Ok(())
+}
+
+fn tzcnt<S: Source, W: Word>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let b = S::read::<W>(cpu, op)?;
+    counted(cpu, op, b.wide().trailing_zeros().min(W::BITS), W::BITS, W::cut);
+    Ok(())
+}
+
+#[inline(always)]
+fn counted<W: Word>(cpu: &mut Cpu, op: &Op, count: u32, bits: u32, cut: impl FnOnce(u64) -> W) {
+    cut(u64::from(count)).set(cpu, op.reg);
     let zero = if count == 0 { ZERO } else { 0 };
-    let carry = if count == W::BITS { 0x100 } else { 0 };
+    let carry = if count == bits { 0x100 } else { 0 };
     // The others are undefined.
     cpu.set_flags(cpu.flags() & !(ZERO | 0x100) | zero | carry);
-    Ok(())
 }
 
 fn crc32(source: usize, wide: bool, from_memory: bool) -> Handler {

@@ -1,9 +1,9 @@
 //! One experiment: what goes in, what comes out, and where it all lies.
 
 /// Linear address of the code page.
-pub(super) const CODE: u64 = 0x1000_0000;
+pub(crate) const CODE: u64 = 0x1000_0000;
 /// Linear address of the pages that may be written.
-pub(super) const DATA: u64 = 0x2000_0000;
+pub(crate) const DATA: u64 = 0x2000_0000;
 /// Bytes that may be written; the page after them is not there.
 pub(super) const DATA_LEN: usize = 0x2000;
 /// Linear address of a page that can only be read.
@@ -109,6 +109,9 @@ pub(super) fn fill(seed: u64, memory: &mut [u8]) {
 #[repr(C, align(16))]
 pub(super) struct FxArea(pub(super) [u8; 512]);
 
+/// The upper halves of the YMM registers, as XSAVE has them.
+pub(super) type Uppers = [u8; 256];
+
 /// What goes in.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -116,9 +119,12 @@ pub(super) struct Case {
     pub(super) seed: u64,
     pub(super) code: [u8; CODE_LEN],
     pub(super) len: usize,
+    /// Options of the decoder, as the model has it.
+    pub(super) decoding: u32,
     pub(super) gpr: [u64; 16],
     pub(super) rflags: u64,
     pub(super) fx: FxArea,
+    pub(super) uppers: Uppers,
     /// Flags that need not be equal afterwards.
     pub(super) undefined: u64,
 }
@@ -135,6 +141,7 @@ pub(super) struct Outcome {
     pub(super) gpr: [u64; 16],
     pub(super) rflags: u64,
     pub(super) fx: FxArea,
+    pub(super) uppers: Uppers,
     pub(super) data: [u8; DATA_LEN],
 }
 
@@ -147,6 +154,7 @@ impl Outcome {
         gpr: [0; 16],
         rflags: 0,
         fx: FxArea([0; 512]),
+        uppers: [0; 256],
         data: [0; DATA_LEN],
     };
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use iced_x86::{CpuidFeature, Decoder, Instruction, Mnemonic, OpKind, Register};
 
 use super::case::{CODE, Case, DATA, END, Outcome};
-use super::generate::DECODING;
+use super::generate::masked;
 
 const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
@@ -30,7 +30,7 @@ pub(super) fn differences(case: &Case, host: &Outcome, ours: &Outcome, strict: b
             out.push(format!("{what}: host {a:#x}, ours {b:#x}"));
         }
     };
-    let own = own_affairs(case, host, ours);
+    let own = own_affairs(case, host, ours, strict);
     if own.ignore {
         return Vec::new();
     }
@@ -67,7 +67,7 @@ pub(super) fn differences(case: &Case, host: &Outcome, ours: &Outcome, strict: b
     if fx_number(&host.fx.0, 24, 4) >> 17 & 1 != 0 {
         return Vec::new();
     }
-    fx_differences(host, ours, own.x87, &mut check);
+    fx_differences(host, ours, &own, &mut check);
     for at in (0..host.data.len()).step_by(8) {
         let word = |o: &Outcome| u64::from_le_bytes(std::array::from_fn(|i| o.data[at + i]));
         check(&format!("[{:#x}]", DATA + at as u64), word(host), word(ours));
@@ -104,22 +104,32 @@ struct Own {
     x87: bool,
     /// The upper halves of general registers.
     upper_halves: bool,
+    /// Vector registers (a bit each).
+    vectors: u32,
 }
 
 /// When an instruction faults, the families leave different things behind: in the middle of a repeated string
 /// instruction, the flags of an earlier round (AMD) or of the last (Intel), and with 32-bit addresses the registers cut to
 /// 32 bits or not; of an MMX instruction, the x87 state before (AMD) or after (Intel) its change to MMX. An x87 store
-/// whose stack underflow is not masked accesses memory (AMD) or does not (Intel).
-fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome) -> Own {
+/// whose stack underflow is not masked accesses memory (AMD) or does not (Intel). How far a gather has come shows in its
+/// destination and mask; `strict`: as on Intel's. What a conversion raises whose store faults is raised before or after.
+fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own {
     let faulted = |o: &Outcome| o.vector == PAGE_FAULT || o.vector == GENERAL_PROTECTION;
     let mut own = Own::default();
     let Some(insn) = instructions(case).into_iter().find(|i| i.ip() == ours.rip) else { return own };
+    if insn.is_vsib() && ours.vector != END && !strict {
+        own.vectors = 1 << insn.op0_register().number() | 1 << insn.op2_register().number();
+    }
+    let both = host.vector != END && ours.vector != END && host.rip == ours.rip;
+    if both && insn.mnemonic() == Mnemonic::Vcvtps2ph && insn.op0_kind() == OpKind::Memory {
+        own.ignore = true;
+    }
     if !faulted(ours) {
         return own;
     }
     let x87 = insn.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU387));
     let status = fx_number(&host.fx.0, 2, 2);
-    own.ignore = x87 && !faulted(host) && status & 0x80 != 0;
+    own.ignore |= x87 && !faulted(host) && status & 0x80 != 0;
     let repeated = insn.is_string_instruction() && (insn.has_rep_prefix() || insn.has_repne_prefix());
     own.flags = repeated && host.rip == ours.rip;
     own.upper_halves = own.flags && insn.op_kinds().any(|k| NARROW.contains(&k));
@@ -136,7 +146,7 @@ fn fx_number(bytes: &[u8; 512], at: usize, len: usize) -> u64 {
     bytes[at..at + len].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
-fn fx_differences(host: &Outcome, ours: &Outcome, not_x87: bool, check: &mut impl FnMut(&str, u64, u64)) {
+fn fx_differences(host: &Outcome, ours: &Outcome, own: &Own, check: &mut impl FnMut(&str, u64, u64)) {
     let (a, b) = (&host.fx.0, &ours.fx.0);
     let number = fx_number;
     // Which flags come together with an exception that is reported depends on where in its work the
@@ -145,31 +155,36 @@ fn fx_differences(host: &Outcome, ours: &Outcome, not_x87: bool, check: &mut imp
     check("mxcsr", number(a, 24, 4) & flags, number(b, 24, 4) & flags);
     // The last instruction's opcode and pointers (6–23) are not compared.
     for (what, at, len) in [("fcw", 0, 2), ("fsw", 2, 2), ("ftw", 4, 1)] {
-        if !not_x87 {
+        if !own.x87 {
             check(what, number(a, at, len), number(b, at, len));
         }
     }
-    for i in (0..8).filter(|_| !not_x87) {
+    for i in (0..8).filter(|_| !own.x87) {
         let at = 32 + i * 16;
         check(&format!("st{i}"), number(a, at, 8), number(b, at, 8));
         check(&format!("st{i} exponent"), number(a, at + 8, 2), number(b, at + 8, 2));
     }
-    for i in 0..16 {
+    for i in (0..16).filter(|i| own.vectors >> i & 1 == 0) {
         let at = 160 + i * 16;
         check(&format!("xmm{i} low"), number(a, at, 8), number(b, at, 8));
         check(&format!("xmm{i} high"), number(a, at + 8, 8), number(b, at + 8, 8));
+        for (part, at) in [(2, i * 16), (3, i * 16 + 8)] {
+            let word = |u: &[u8; 256]| u64::from_le_bytes(std::array::from_fn(|k| u[at + k]));
+            check(&format!("ymm{i} quarter {part}"), word(&host.uppers), word(&ours.uppers));
+        }
     }
 }
 
 fn instructions(case: &Case) -> Vec<Instruction> {
-    Decoder::with_ip(64, &case.code[..case.len], CODE, DECODING).iter().collect()
+    Decoder::with_ip(64, &case.code[..case.len], CODE, case.decoding).iter().collect()
 }
 
 /// Whether an instruction moves memory in pieces whose order no manual tells.
 fn in_pieces(case: &Case) -> bool {
     use Mnemonic as M;
     instructions(case).iter().any(|i| {
-        matches!(i.mnemonic(), M::Fldenv | M::Fnstenv | M::Fstenv | M::Frstor | M::Fnsave | M::Fsave)
+        masked(i.mnemonic())
+            || matches!(i.mnemonic(), M::Fldenv | M::Fnstenv | M::Fstenv | M::Frstor | M::Fnsave | M::Fsave)
     })
 }
 

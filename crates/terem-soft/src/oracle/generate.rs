@@ -4,36 +4,37 @@
 //! see what they mean. Registers that address memory then get values that lead to the data pages.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, MandatoryPrefix, Mnemonic, OpCodeOperandKind,
-    OpCodeTableKind, OpKind, Register,
+    Code, Decoder, EncodingKind, FlowControl, Instruction, MandatoryPrefix, Mnemonic, OpCodeInfo,
+    OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
-use super::case::{CODE, CODE_LEN, Case, DATA, DATA_LEN, FxArea, READ_ONLY, Random, fill, value};
+use super::case::{CODE, CODE_LEN, Case, DATA, DATA_LEN, FxArea, READ_ONLY, Random, Uppers, fill, value};
 use super::testable::{blank, testable};
-use crate::decode::gpr_number;
+use crate::decode::{InstructionSet, gpr_number};
 
 /// What may be tried.
 pub(super) struct Generator {
     codes: Vec<Code>,
     /// Whether a code is among them.
     known: Vec<bool>,
+    /// Options of the decoder, as the model has it.
+    decoding: u32,
 }
 
-/// As [`crate::decode`] does it for a model without BMI1 and ABM.
-pub(super) const DECODING: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD;
 /// Longest sequence.
 const MAX_SEQUENCE: usize = 6;
 const ARITHMETIC: u64 = 0x8d5;
 
 impl Generator {
-    /// Instructions whose name `wanted` accepts.
-    pub(super) fn new(wanted: impl Fn(&str) -> bool) -> Self {
+    /// Instructions of the set whose name `wanted` accepts.
+    pub(super) fn new(set: &InstructionSet, wanted: impl Fn(&str) -> bool) -> Self {
+        let known = |c: &Code| set.has(*c) && testable(*c);
         let codes: Vec<Code> =
-            Code::values().filter(|c| testable(*c) && wanted(&format!("{c:?}").to_lowercase())).collect();
+            Code::values().filter(|c| known(c) && wanted(&format!("{c:?}").to_lowercase())).collect();
         assert!(!codes.is_empty(), "no instruction has such a name");
         let mut known = vec![false; Code::values().len()];
         codes.iter().for_each(|c| known[*c as usize] = true);
-        Self { codes, known }
+        Self { codes, known, decoding: set.options() }
     }
 
     /// How many forms of instructions there are.
@@ -48,9 +49,11 @@ impl Generator {
             seed,
             code: [0xcc; CODE_LEN],
             len: 0,
+            decoding: self.decoding,
             gpr: std::array::from_fn(|_| value(&mut r)),
             rflags: r.next() & (ARITHMETIC | if r.chance(25) { 0x400 } else { 0 }) | 0x202,
             fx: fx_area(&mut r),
+            uppers: uppers(&mut r),
             undefined: 0,
         };
         for reg in &mut case.gpr {
@@ -79,7 +82,7 @@ impl Generator {
             // Later instructions find registers as earlier ones leave them; only the first is sure.
             aim(&insn, &mut case, &mut r);
             case.undefined |= undefined_flags(&insn);
-            if matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu) {
+            if matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu) {
                 break; // nothing after it may aim its register elsewhere
             }
         }
@@ -91,7 +94,7 @@ impl Generator {
         for _ in 0..50 {
             let code = r.pick(&self.codes);
             let bytes = encode(code, r);
-            let mut decoder = Decoder::with_ip(64, &bytes, ip, DECODING);
+            let mut decoder = Decoder::with_ip(64, &bytes, ip, self.decoding);
             let insn = decoder.decode();
             if insn.is_invalid() || !self.known[insn.code() as usize] {
                 // An instruction that does not exist is worth a try now and then, if it is a known one
@@ -119,7 +122,7 @@ impl Generator {
                 let at = places.displacement_offset();
                 bytes[at..at + 4].copy_from_slice(&(target.wrapping_sub(from) as u32).to_le_bytes());
             }
-            let insn = Decoder::with_ip(64, &bytes, ip, DECODING).decode();
+            let insn = Decoder::with_ip(64, &bytes, ip, self.decoding).decode();
             return Some((bytes, insn));
         }
         None
@@ -193,12 +196,24 @@ fn fx_area(r: &mut Random) -> FxArea {
     fx
 }
 
+/// Upper halves of YMM registers: any values, or nothing as programs mostly leave them.
+fn uppers(r: &mut Random) -> Uppers {
+    let mut uppers = [0; 256];
+    if r.chance(75) {
+        fill(r.next(), &mut uppers);
+    }
+    uppers
+}
+
 /// Whether an instruction is for the beginning of a sequence only: it stores what the last x87 instruction
 /// was, which the interpreter does not keep, or its address must be good, since whether masked bytes fault
 /// depends on the processor (Intel SDM vol. 2, MASKMOVDQU).
 fn only_first(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
-    matches!(mnemonic, M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Maskmovq | M::Maskmovdqu)
+    matches!(
+        mnemonic,
+        M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu
+    )
 }
 
 /// What means different things on different processors: an operand-size prefix before a branch (AMD cuts
@@ -223,6 +238,9 @@ fn encode(code: Code, r: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(32);
     if r.chance(2) || (o.can_use_lock_prefix() && r.chance(15)) {
         bytes.push(0xf0);
+    }
+    if o.encoding() == EncodingKind::VEX {
+        return encode_vex(o, bytes, r);
     }
     let string = blank(code).is_string_instruction();
     if r.chance(if string { 50 } else { 2 }) {
@@ -284,6 +302,60 @@ fn encode(code: Code, r: &mut Random) -> Vec<u8> {
     bytes
 }
 
+/// The same with VEX: `bytes` are prefixes.
+fn encode_vex(o: &OpCodeInfo, mut bytes: Vec<u8>, r: &mut Random) -> Vec<u8> {
+    if r.chance(3) {
+        bytes.push(0x67);
+    }
+    let map = match o.table() {
+        OpCodeTableKind::T0F => 1,
+        OpCodeTableKind::T0F38 => 2,
+        _ => 3,
+    };
+    let prefix = match o.mandatory_prefix() {
+        MandatoryPrefix::P66 => 1,
+        MandatoryPrefix::PF3 => 2,
+        MandatoryPrefix::PF2 => 3,
+        _ => 0,
+    };
+    let second = |k: &OpCodeOperandKind| {
+        use OpCodeOperandKind as K;
+        matches!(k, K::xmm_vvvv | K::xmmp3_vvvv | K::ymm_vvvv | K::r32_vvvv | K::r64_vvvv)
+    };
+    let second = if o.op_kinds().iter().any(second) { r.next() as u8 & 15 } else { 0 };
+    let any = r.chance(50);
+    let (w, l) = (if o.is_wig() { any } else { o.w() != 0 }, if o.is_lig() { any } else { o.l() != 0 });
+    let extensions = if r.chance(50) { 0xe0 } else { r.next() as u8 & 0xe0 };
+    bytes.extend([
+        0xc4,
+        extensions | map,
+        u8::from(w) << 7 | (!second & 15) << 3 | u8::from(l) << 2 | prefix,
+    ]);
+    bytes.push(o.op_code() as u8);
+    let mut modrm = r.next() as u8;
+    if r.chance(60) {
+        modrm = modrm & 0x3f | r.pick(&[0, 0x40, 0x80]);
+    } else {
+        modrm |= 0xc0;
+    }
+    let vsib = |k: &OpCodeOperandKind| {
+        use OpCodeOperandKind as K;
+        matches!(k, K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y)
+    };
+    if o.op_kinds().iter().any(vsib) {
+        modrm = modrm & 0x38 | r.pick(&[0x04, 0x44, 0x84]);
+    }
+    if o.group_index() >= 0 {
+        modrm = modrm & !0x38 | (o.group_index() as u8) << 3;
+    }
+    bytes.push(modrm);
+    bytes.push(r.next() as u8);
+    let rest = if r.chance(50) { r.next() } else { value(r) };
+    bytes.extend(rest.to_le_bytes());
+    bytes.extend(value(r).to_le_bytes());
+    bytes
+}
+
 fn is_64(k: &OpCodeOperandKind) -> bool {
     use OpCodeOperandKind as K;
     matches!(k, K::r64_opcode | K::r64_reg | K::r64_rm | K::r64_or_mem)
@@ -291,7 +363,7 @@ fn is_64(k: &OpCodeOperandKind) -> bool {
 
 /// Sets the registers that address memory, so that the instruction finds data.
 fn aim(insn: &Instruction, case: &mut Case, r: &mut Random) {
-    if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) {
+    if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq | Mnemonic::Vmaskmovdqu) {
         case.gpr[7] = DATA + r.next() % (DATA_LEN as u64 - 16);
         return;
     }
@@ -316,8 +388,16 @@ fn aim(insn: &Instruction, case: &mut Case, r: &mut Random) {
     let (base, index) = (insn.memory_base(), insn.memory_index());
     let scale = u64::from(insn.memory_index_scale());
     let mut target = pointer(r, insn.memory_size().size().max(1) as u64 + 1);
-    if insn.memory_size().size() >= 16 && r.chance(85) {
-        target &= !15;
+    let size = insn.memory_size().size() as u64;
+    if size >= 16 && r.chance(85) {
+        target &= !(size.next_power_of_two() - 1);
+    }
+    if insn.is_vsib() {
+        aim_indices(insn, case, r);
+    }
+    if masked(insn.mnemonic()) && r.chance(30) {
+        // Across the end of what is there.
+        target = DATA + DATA_LEN as u64 - r.next() % 40;
     }
     let displacement = insn.memory_displacement64();
     let gpr = |x: Register| x.is_gpr().then(|| usize::from(gpr_number(x)));
@@ -359,6 +439,26 @@ fn aim(insn: &Instruction, case: &mut Case, r: &mut Random) {
             case.gpr[2] = if insn.mnemonic() == Mnemonic::Cmpxchg8b { word(at) >> 32 } else { word(at + 8) };
         }
     }
+}
+
+/// Moves of those elements that a mask asks for.
+pub(super) fn masked(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq)
+}
+
+/// Lets the indices of a gather be small, mostly.
+fn aim_indices(insn: &Instruction, case: &mut Case, r: &mut Random) {
+    use Mnemonic as M;
+    let n = insn.memory_index().number();
+    let wide = matches!(insn.mnemonic(), M::Vpgatherqd | M::Vpgatherqq | M::Vgatherqps | M::Vgatherqpd);
+    let mut bytes = [0; 32];
+    for index in bytes.chunks_exact_mut(if wide { 8 } else { 4 }) {
+        let value = if r.chance(4) { r.next() as i64 } else { (r.next() & 0xff) as i64 - 0x80 };
+        index.copy_from_slice(&value.to_le_bytes()[..index.len()]);
+    }
+    case.fx.0[160 + 16 * n..176 + 16 * n].copy_from_slice(&bytes[..16]);
+    case.uppers[16 * n..16 * n + 16].copy_from_slice(&bytes[16..]);
 }
 
 /// Flags that the manuals leave undefined, of those that iced counts as RFLAGS.

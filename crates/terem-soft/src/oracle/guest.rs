@@ -6,9 +6,9 @@ use terem_bus::{Bus, Clock};
 use terem_cpu::{CpuModel, Segment, Topology, VcpuState, XSAVE_SIZE};
 use terem_memory::{GuestMemory, RamRange};
 
-use super::case::{CODE, Case, DATA, DATA_LEN, END, FxArea, Outcome, READ_ONLY, fill};
+use super::case::{CODE, Case, DATA, DATA_LEN, END, FxArea, Outcome, READ_ONLY, Uppers, fill};
 use crate::cpu::{Cpu, cr0, cr4, efer};
-use crate::decode::{CodeSize, decode};
+use crate::decode::{CodeSize, Unit, decode};
 use crate::fault::Fault;
 use crate::op::IP_REG;
 use crate::translate::NO_LINK;
@@ -20,6 +20,8 @@ const WRITABLE: u64 = 2;
 const CODE_PAGE: usize = 0x10000;
 const DATA_PAGES: usize = 0x11000;
 const READ_ONLY_PAGE: usize = 0x14000;
+/// Where the upper halves of YMM registers are in an XSAVE area.
+const UPPERS: usize = 576;
 /// Rounds of one instruction before it is taken to be endless.
 const PATIENCE: usize = 1_000_000;
 
@@ -56,7 +58,7 @@ impl Guest {
 
     fn after_reset() -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
-        let model = CpuModel::find("max", &[]).or_else(|_| CpuModel::find("terem64", &[])).unwrap();
+        let model = CpuModel::find("max", &[]).unwrap();
         let config =
             SoftConfig { model, topology: Topology::flat(1), phys_bits: 40, translate: true, trace: None };
         let bus = Arc::new(Bus::new(Clock::manual()));
@@ -92,7 +94,8 @@ impl Guest {
         let cpu = &mut self.cpu;
         cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
         cpu.cr3 = 0x1000;
-        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+        cpu.xcr0 = terem_cpu::xstate::components(&cpu.cpuid.model().features);
         cpu.msrs.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
         let ring3 = 3 << 5;
         for s in &mut cpu.segments {
@@ -161,7 +164,7 @@ impl Guest {
         let cpu = &mut self.cpu;
         cpu.gpr[..16].copy_from_slice(&case.gpr);
         cpu.set_rflags(case.rflags);
-        load_fx(cpu, &case.fx);
+        load_vectors(cpu, &case.fx, &case.uppers);
     }
 
     fn outcome(&mut self, rip: u64, fault: Option<Fault>) -> Outcome {
@@ -175,7 +178,9 @@ impl Guest {
         outcome.rip = rip;
         outcome.gpr.copy_from_slice(&cpu.gpr[..16]);
         outcome.rflags = cpu.rflags();
-        outcome.fx.0.copy_from_slice(&cpu.save_xsave()[..512]);
+        let area = cpu.save_xsave();
+        outcome.fx.0.copy_from_slice(&area[..512]);
+        outcome.uppers.copy_from_slice(&area[UPPERS..UPPERS + 256]);
         outcome.data.copy_from_slice(&self.ram()[DATA_PAGES..DATA_PAGES + DATA_LEN]);
         outcome
     }
@@ -203,9 +208,13 @@ impl Guest {
     }
 }
 
-fn load_fx(cpu: &mut Cpu, fx: &FxArea) {
+fn load_vectors(cpu: &mut Cpu, fx: &FxArea, uppers: &Uppers) {
     let mut area = vec![0; XSAVE_SIZE];
     area[..512].copy_from_slice(&fx.0);
     area[512] = 3;
+    if cpu.mode.avx == Unit::On {
+        area[UPPERS..UPPERS + 256].copy_from_slice(uppers);
+        area[512] = 7;
+    }
     cpu.load_xsave(&area).expect("a case's FXSAVE area is valid");
 }

@@ -24,6 +24,7 @@ mod testable;
 use std::collections::BTreeMap;
 
 use case::{BATCH, Case, Outcome};
+pub(crate) use case::{CODE, DATA};
 
 /// Failures shown in full.
 const SHOWN: usize = 12;
@@ -46,9 +47,9 @@ fn wanted(name: &str) -> bool {
 
 #[test]
 fn random_instructions_do_as_on_the_host() {
-    let generator = generate::Generator::new(wanted);
     let mut native = native::Native::new();
     let mut guest = guest::Guest::new();
+    let generator = generate::Generator::new(&guest.cpu.instruction_set, wanted);
     let (seed, cases) = (number("ORACLE_SEED", 1), number("ORACLE_CASES", 100_000));
     let strict = setting("ORACLE_STRICT").is_some();
     let (mut bad, mut shown, mut skipped, mut faults) = (BTreeMap::<String, u64>::new(), 0, 0_u64, 0_u64);

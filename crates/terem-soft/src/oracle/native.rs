@@ -18,6 +18,8 @@ struct Shared {
     /// The case that runs.
     at: AtomicU32,
     count: AtomicU32,
+    /// The host has AVX, so that signal frames hold the upper halves of YMM registers.
+    avx: bool,
     cases: [Case; BATCH],
     outcomes: [Outcome; BATCH],
 }
@@ -40,6 +42,10 @@ static WRITABLE: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 static GO: AtomicU32 = AtomicU32::new(0);
 static DONE: AtomicU32 = AtomicU32::new(0);
 static RUNNING: AtomicBool = AtomicBool::new(false);
+
+/// Where the signal frame's XSAVE area says what is in it, and where the upper halves are.
+const PRESENT: usize = 512;
+const UPPERS: usize = 576;
 
 /// Flags of a signal frame that are the processor's own doing: RF.
 const FRAME_FLAGS: u64 = 1 << 16;
@@ -73,6 +79,8 @@ impl Native {
         let shared = map(0, size_of::<Shared>(), RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1);
         SHARED.store(shared.cast(), Ordering::Relaxed);
         WRITABLE.store(writable, Ordering::Relaxed);
+        // SAFETY: just mapped.
+        unsafe { (*shared.cast::<Shared>()).avx = is_x86_feature_detected!("avx") };
         Self { shared: shared.cast(), child: None }
     }
 
@@ -217,6 +225,10 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
                 *to = regs[from as usize] as u64;
             }
             ptr::copy_nonoverlapping(fp, outcome.fx.0.as_mut_ptr(), 512);
+            outcome.uppers.fill(0);
+            if shared.avx && fp.add(PRESENT).cast::<u64>().read_unaligned() & 4 != 0 {
+                ptr::copy_nonoverlapping(fp.add(UPPERS), outcome.uppers.as_mut_ptr(), 256);
+            }
             outcome.data.copy_from_slice(data);
             shared.at.store(at as u32 + 1, Ordering::Release);
         }
@@ -243,7 +255,10 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         ptr::copy_nonoverlapping(case.fx.0.as_ptr(), fp, 24);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(24), fp.add(24), 4);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(32), fp.add(32), 384);
-        let present = fp.add(512).cast::<u64>();
-        present.write_unaligned(present.read_unaligned() | 3);
+        let present = fp.add(PRESENT).cast::<u64>();
+        if shared.avx {
+            ptr::copy_nonoverlapping(case.uppers.as_ptr(), fp.add(UPPERS), 256);
+        }
+        present.write_unaligned(present.read_unaligned() | if shared.avx { 7 } else { 3 });
     }
 }

@@ -33,6 +33,17 @@ const FEATURES: &[F] = &[
     F::CLFSH,
     F::CLFLUSHOPT,
     F::PAUSE,
+    F::AVX,
+    F::AVX2,
+    F::FMA,
+    F::F16C,
+    F::BMI1,
+    F::BMI2,
+    F::ADX,
+    F::LZCNT,
+    F::SHA,
+    F::VAES,
+    F::VPCLMULQDQ,
     F::PREFETCHW,
 ];
 
@@ -120,7 +131,7 @@ pub(super) fn testable(code: Code) -> bool {
     o.is_instruction()
         && o.mode64()
         && !o.is_privileged()
-        && o.encoding() == EncodingKind::Legacy
+        && matches!(o.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && code.cpuid_features().iter().all(|f| FEATURES.contains(f))
         && !o.op_kinds().iter().any(|k| SYSTEM.contains(k))
         && matches!(insn.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch)

@@ -102,7 +102,7 @@ impl Cpu {
     /// The guest's MXCSR with its exceptions masked and its flags clear. An underflow exception that is
     /// not masked switches flushing to zero off (Intel SDM vol. 1, 10.2.3.3).
     #[inline(always)]
-    fn masked_mxcsr(&self) -> u32 {
+    pub(crate) fn masked_mxcsr(&self) -> u32 {
         let csr = self.mxcsr & !FLAGS | MASKS;
         if self.mxcsr & UNDERFLOW_MASK == 0 { csr & !FLUSH_TO_ZERO } else { csr }
     }
@@ -112,7 +112,7 @@ impl Cpu {
     /// # Errors
     /// The exceptions that the guest has not masked.
     #[inline(always)]
-    fn raised(&mut self, csr: u32, tiny: impl FnOnce() -> bool) -> Exec {
+    pub(crate) fn raised(&mut self, csr: u32, tiny: impl FnOnce() -> bool) -> Exec {
         if self.mxcsr & MASKS == MASKS {
             self.mxcsr |= csr & FLAGS;
             return Ok(());
@@ -371,22 +371,33 @@ immediate_table! {
     Roundss M32 Shape::Whole, "roundss";
 }
 
-/// `dpps` and `dppd`, whose multiplications and additions raise exceptions one step after the other: if any
-/// is not masked, the steps (`P`: multiply, `H`: add pairs) are tried before.
-fn dot_product<F: WithImmediate, P: Float, H: Float, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if cpu.mxcsr & MASKS != MASKS {
-        let (a, b) = (cpu.vector(op.reg).bits(), S::get(cpu, op)?.bits());
-        let width = if P::RESULT == Shape::Double(2) { 64 } else { 32 };
-        let lane = u128::from(u64::MAX >> (64 - width));
-        let wanted = |i: &u32| op.imm >> (4 + i) & 1 != 0;
-        let lanes = (0..128 / width).filter(wanted).fold(0, |m, i| m | lane << (i * width));
-        let products = cpu.float::<P>(V::from(a & lanes), V::from(b & lanes))?;
-        let sums = cpu.float::<H>(products, products)?;
-        if width == 32 {
-            cpu.float::<H>(sums, sums)?;
-        }
-    }
+/// `dpps` and `dppd`, whose multiplications and additions raise exceptions one step after the other.
+fn dot_product<F: WithImmediate, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let (a, b) = (cpu.vector(op.reg).bits(), S::get(cpu, op)?.bits());
+    let width = if F::RESULT == Shape::Double(2) { 64 } else { 32 };
+    dot_product_exceptions(cpu, width, a, b, op.imm as u8)?;
     immediate::<F, S>(cpu, op)
+}
+
+/// If any exception is not masked: tries the steps of a dot product of elements of `width` bits.
+///
+/// # Errors
+/// The exceptions that the guest has not masked.
+pub(crate) fn dot_product_exceptions(cpu: &mut Cpu, width: u32, a: u128, b: u128, immediate: u8) -> Exec {
+    if cpu.mxcsr & MASKS == MASKS {
+        return Ok(());
+    }
+    let lane = u128::from(u64::MAX >> (64 - width));
+    let wanted = |i: &u32| immediate >> (4 + i) & 1 != 0;
+    let lanes = (0..128 / width).filter(wanted).fold(0, |m, i| m | lane << (i * width));
+    let (a, b) = (V::from(a & lanes), V::from(b & lanes));
+    if width == 64 {
+        let products = cpu.float::<Mulpd>(a, b)?;
+        return cpu.float::<Haddpd>(products, products).map(drop);
+    }
+    let products = cpu.float::<Mulps>(a, b)?;
+    let sums = cpu.float::<Haddps>(products, products)?;
+    cpu.float::<Haddps>(sums, sums).map(drop)
 }
 
 /// Comparisons that set ZF, PF and CF, and clear OF, SF and AF.
@@ -563,10 +574,10 @@ from_general_table! {
 pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
     let memory = insn.op1_kind() == OpKind::Memory;
     match insn.mnemonic() {
-        Mnemonic::Dppd if memory => return Some(dot_product::<Dppd, Mulpd, Haddpd, M128>),
-        Mnemonic::Dppd => return Some(dot_product::<Dppd, Mulpd, Haddpd, Register>),
-        Mnemonic::Dpps if memory => return Some(dot_product::<Dpps, Mulps, Haddps, M128>),
-        Mnemonic::Dpps => return Some(dot_product::<Dpps, Mulps, Haddps, Register>),
+        Mnemonic::Dppd if memory => return Some(dot_product::<Dppd, M128>),
+        Mnemonic::Dppd => return Some(dot_product::<Dppd, Register>),
+        Mnemonic::Dpps if memory => return Some(dot_product::<Dpps, M128>),
+        Mnemonic::Dpps => return Some(dot_product::<Dpps, Register>),
         _ => {}
     }
     plain(insn)

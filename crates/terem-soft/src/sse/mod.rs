@@ -23,12 +23,14 @@ use terem_cpu::FeatureSet;
 use crate::decode::Mode;
 use crate::op::{Handler, Op};
 
-pub(crate) use float::{MXCSR_DEFAULT, MXCSR_MASK};
+pub(crate) use float::{MXCSR_DEFAULT, MXCSR_MASK, dot_product_exceptions};
+pub(crate) use moves::{ldmxcsr, masked_store, stmxcsr};
 
 /// The features that the interpreter can give to a guest on this host: all but the vector extensions that
 /// the host's processor lacks.
 #[must_use]
 pub fn supported_features() -> FeatureSet {
+    let vex = crate::vex::available();
     let lacking = [
         ("sse3", is_x86_feature_detected!("sse3")),
         ("ssse3", is_x86_feature_detected!("ssse3")),
@@ -36,6 +38,16 @@ pub fn supported_features() -> FeatureSet {
         ("sse4.2", is_x86_feature_detected!("sse4.2")),
         ("aes", is_x86_feature_detected!("aes")),
         ("pclmulqdq", is_x86_feature_detected!("pclmulqdq")),
+        ("avx", vex),
+        ("avx2", vex && is_x86_feature_detected!("avx2")),
+        ("fma", vex && is_x86_feature_detected!("fma")),
+        ("f16c", vex && is_x86_feature_detected!("f16c")),
+        ("bmi1", vex && is_x86_feature_detected!("bmi1")),
+        ("bmi2", vex && is_x86_feature_detected!("bmi2")),
+        ("adx", vex && is_x86_feature_detected!("adx")),
+        ("sha-ni", vex && is_x86_feature_detected!("sha")),
+        ("vaes", vex && is_x86_feature_detected!("vaes")),
+        ("vpclmulqdq", vex && is_x86_feature_detected!("vpclmulqdq")),
     ];
     let mut set = FeatureSet::default();
     for feature in FEATURES {

@@ -166,7 +166,7 @@ fn signs<const BITS: u32>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 /// `maskmovdqu`: the bytes whose mask byte has its top bit set, to `DS:rDI`.
-fn masked_store(cpu: &mut Cpu, op: &Op) -> Exec {
+pub(crate) fn masked_store(cpu: &mut Cpu, op: &Op) -> Exec {
     let (value, mask) = (cpu.vector(op.reg).bits(), cpu.vector(op.rm).bits());
     cpu.store_masked(op, value.to_le_bytes(), mask.to_le_bytes())
 }
@@ -207,7 +207,7 @@ impl Cpu {
     }
 }
 
-fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
+pub(crate) fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
     let value = cpu.load_operand::<u32>(op)?;
     if value & !MXCSR_MASK != 0 {
         return Err(Fault::GP0);
@@ -216,7 +216,7 @@ fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(())
 }
 
-fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
+pub(crate) fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Exec {
     let value = cpu.guest_mxcsr();
     cpu.store_operand(op, value)
 }

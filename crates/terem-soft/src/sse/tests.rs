@@ -217,10 +217,10 @@ fn flags_gather_over_instructions_that_run_directly() {
     let mut oracle = Oracle::new();
     let cpu = oracle.cpu_after(&[ADDSD, DIVSD, MULSD], |cpu| {
         cpu.set_mxcsr(0x1f81);
-        cpu.xmm[0].0 = ONE.into();
-        cpu.xmm[1].0 = 0;
+        cpu.ymm[0].low.0 = ONE.into();
+        cpu.ymm[1].low.0 = 0;
     });
-    assert_eq!(cpu.xmm[0].0 as u64, 0xfff8_0000_0000_0000, "1 + 0, / 0, * 0");
+    assert_eq!(cpu.ymm[0].low.0 as u64, 0xfff8_0000_0000_0000, "1 + 0, / 0, * 0");
     assert_eq!(cpu.guest_mxcsr(), 0x1f85);
     cpu.take_mxcsr();
     assert_eq!((cpu.mxcsr, cpu.mxcsr_on_host), (0x1f85, false));

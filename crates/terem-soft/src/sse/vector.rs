@@ -50,7 +50,7 @@ impl Cpu {
     /// XMM register `n` (0–15).
     #[inline(always)]
     pub(crate) fn vector(&self, n: u8) -> V {
-        let from: *const Xmm = &raw const self.xmm[usize::from(n & 15)];
+        let from: *const Xmm = &raw const self.ymm[usize::from(n & 15)].low;
         // SAFETY: both are 16 plain bytes, aligned. (By way of `u128` it would be two general registers.)
         unsafe { *from.cast::<V>() }
     }
@@ -58,7 +58,7 @@ impl Cpu {
     /// Sets XMM register `n`.
     #[inline(always)]
     pub(crate) fn set_vector(&mut self, n: u8, value: V) {
-        let to: *mut Xmm = &raw mut self.xmm[usize::from(n & 15)];
+        let to: *mut Xmm = &raw mut self.ymm[usize::from(n & 15)].low;
         // SAFETY: as in `vector`.
         unsafe { *to.cast::<V>() = value };
     }
@@ -66,7 +66,7 @@ impl Cpu {
     /// The low 64 bits of XMM register `n`.
     #[inline(always)]
     pub(crate) fn low64(&self, n: u8) -> u64 {
-        self.xmm[usize::from(n & 15)].0 as u64
+        self.ymm[usize::from(n & 15)].low.0 as u64
     }
 
     /// A general register; `n` comes from the decoder (0–15).

@@ -1,13 +1,16 @@
 //! Control and debug registers, descriptor-table registers, flags, halting, caches and TLB.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
-use terem_cpu::{DescriptorTable, rflags};
+use terem_cpu::{DescriptorTable, VcpuState, rflags, xstate};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::decode::{CodeSize, Mode, gpr_number};
 use crate::fault::{Exec, Fault};
-use crate::op::{Handler, Op};
+use crate::op::{ADDR16, ADDR32, FLAT, Handler, Op};
 use crate::vm86::InterruptFlag;
+
+/// CPUID leaf 0Dh, subleaf 1: XSAVEC and XSAVES, which have the compacted format.
+const XSAVEC_OR_XSAVES: u32 = 1 << 1 | 1 << 3;
 
 /// CR0 bits that exist.
 const CR0_KNOWN: u64 = cr0::PE
@@ -58,6 +61,20 @@ pub(super) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Han
         Mnemonic::Clac => clac,
         Mnemonic::Cpuid => cpuid,
         Mnemonic::Xsetbv => xsetbv,
+        Mnemonic::Rdpkru => rdpkru,
+        Mnemonic::Wrpkru => wrpkru,
+        Mnemonic::Monitor => {
+            op.flags |= match insn.code() {
+                Code::Monitorw => ADDR16,
+                Code::Monitord => ADDR32,
+                _ => 0,
+            };
+            if op.segment == FLAT {
+                op.segment = VcpuState::DS as u8;
+            }
+            monitor
+        }
+        Mnemonic::Mwait => mwait,
         _ => return None,
     })
 }
@@ -206,6 +223,7 @@ impl Cpu {
             ("xsave", cr4::OSXSAVE),
             ("smep", cr4::SMEP),
             ("smap", cr4::SMAP),
+            ("pku", cr4::PKE),
         ];
         for (name, bit) in optional {
             if f.has(name) {
@@ -224,7 +242,7 @@ impl Cpu {
         if changed & cr4::DE != 0 {
             self.refresh_watches();
         }
-        if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
+        if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE) != 0 {
             self.flush_tlb();
         }
         self.refresh_mode();
@@ -399,7 +417,9 @@ fn cpuid(cpu: &mut Cpu, _: &Op) -> Exec {
                 d &= !(1 << 9);
             }
         }
-        0xd if subleaf == 0 && b != 0 => b = 576,
+        7 if subleaf == 0 && cpu.cr4 & cr4::PKE != 0 => c |= 1 << 4, // OSPKE
+        0xd if subleaf == 0 && b != 0 => b = xstate::standard_size(cpu.xcr0) as u32,
+        0xd if subleaf == 1 && a & XSAVEC_OR_XSAVES != 0 => b = xstate::compacted_size(cpu.xcr0) as u32,
         _ => {}
     }
     for (register, value) in [(0, a), (3, b), (1, c), (2, d)] {
@@ -414,10 +434,67 @@ fn xsetbv(cpu: &mut Cpu, _: &Op) -> Exec {
     }
     cpu.privileged()?;
     let value = cpu.gpr[2] << 32 | cpu.gpr[0] & 0xffff_ffff;
-    // x87 must be on; nothing but x87 and SSE is there.
-    if cpu.gpr[1] as u32 != 0 || value & 1 == 0 || value & !3 != 0 {
+    let known = xstate::components(&cpu.cpuid.model().features);
+    // x87 must be on, and SSE with AVX.
+    let halves = value & (xstate::SSE | xstate::AVX) == xstate::AVX;
+    if cpu.gpr[1] as u32 != 0 || value & xstate::X87 == 0 || value & !known != 0 || halves {
         return Err(Fault::GP0);
     }
     cpu.xcr0 = value;
+    cpu.refresh_mode();
     Ok(())
+}
+
+/// What `rdpkru` and `wrpkru` ask for; and ECX must be 0.
+fn keys_enabled(cpu: &Cpu) -> Exec {
+    if cpu.cr4 & cr4::PKE == 0 {
+        return Err(Fault::UD);
+    }
+    if cpu.gpr[1] as u32 == 0 { Ok(()) } else { Err(Fault::GP0) }
+}
+
+fn rdpkru(cpu: &mut Cpu, _: &Op) -> Exec {
+    keys_enabled(cpu)?;
+    cpu.gpr[0] = u64::from(cpu.pkru);
+    cpu.gpr[2] = 0;
+    Ok(())
+}
+
+fn wrpkru(cpu: &mut Cpu, _: &Op) -> Exec {
+    keys_enabled(cpu)?;
+    if cpu.gpr[2] as u32 != 0 {
+        return Err(Fault::GP0);
+    }
+    cpu.set_pkru(cpu.gpr[0] as u32);
+    Ok(())
+}
+
+/// Stores are not watched: `mwait` may end at any time, and does at once (Intel SDM vol. 2, MWAIT).
+fn monitor(cpu: &mut Cpu, op: &Op) -> Exec {
+    supervisor_only(cpu)?;
+    let offset = match op.flags & (ADDR16 | ADDR32) {
+        0 => cpu.gpr[0],
+        ADDR32 => cpu.gpr[0] & 0xffff_ffff,
+        _ => cpu.gpr[0] & 0xffff,
+    };
+    if cpu.gpr[1] as u32 != 0 {
+        return Err(Fault::GP0);
+    }
+    let at = cpu.linear(op, offset, 1, false)?;
+    cpu.load_in::<u8>(at, op.segment).map(drop)
+}
+
+fn mwait(cpu: &mut Cpu, _: &Op) -> Exec {
+    supervisor_only(cpu)?;
+    // Bit 0: interrupts end it even where they are masked.
+    if cpu.gpr[1] as u32 & !1 != 0 {
+        return Err(Fault::GP0);
+    }
+    std::thread::yield_now();
+    Ok(())
+}
+
+/// `#UD` outside privilege 0.
+fn supervisor_only(cpu: &Cpu) -> Exec {
+    if cpu.cpl == 0 { Ok(()) } else { Err(Fault::UD) }
 }

@@ -31,6 +31,7 @@ mod nr {
     pub(super) const PAT: u32 = 0x277;
     pub(super) const MTRR_DEF_TYPE: u32 = 0x2ff;
     pub(super) const TSC_DEADLINE: u32 = 0x6e0;
+    pub(super) const XSS: u32 = 0xda0;
     pub(super) const X2APIC_FIRST: u32 = 0x800;
     pub(super) const X2APIC_LAST: u32 = 0x83f;
     pub(super) const EFER: u32 = 0xc000_0080;
@@ -128,6 +129,8 @@ impl Cpu {
             nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
                 return self.apic.read_msr(&self.bus, (number - nr::X2APIC_FIRST) as usize);
             }
+            // No component is the supervisor's.
+            nr::XSS if self.cpuid.model().features.has("xsaves") => 0,
             nr::EFER => m.efer,
             nr::STAR => m.star,
             nr::LSTAR => m.lstar,
@@ -193,6 +196,7 @@ impl Cpu {
             nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
                 return self.apic.write_msr(&self.bus, (number - nr::X2APIC_FIRST) as usize, value);
             }
+            nr::XSS => return value == 0 && self.cpuid.model().features.has("xsaves"),
             nr::EFER => return self.write_efer(value),
             nr::STAR => m.star = value,
             nr::LSTAR if canonical => m.lstar = value,

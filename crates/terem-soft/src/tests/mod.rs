@@ -5,6 +5,7 @@ mod apic;
 mod code_changes;
 mod debug;
 mod events;
+mod keys;
 mod msr;
 mod outside;
 mod paging;

@@ -7,6 +7,7 @@ use iced_x86::{
 
 use crate::decode::{InstructionSet, Mode, decode_both};
 use crate::op::Op;
+use crate::vex;
 
 /// Instructions in a translation, at most.
 const MAX_ITEMS: usize = 64;
@@ -264,11 +265,12 @@ fn classify(insn: Instruction, op: Op, known: bool, info: &mut InstructionInfoFa
     {
         let write = !matches!(memory.access(), OpAccess::Read | OpAccess::CondRead);
         let size = memory.memory_size().size();
-        if !matches!(size, 1 | 2 | 4 | 8 | 16) || i32::try_from(insn.memory_displacement64() as i64).is_err()
+        if !matches!(size, 1 | 2 | 4 | 8 | 16 | 32)
+            || i32::try_from(insn.memory_displacement64() as i64).is_err()
         {
             return Item { kind: Kind::Handler { ends: false }, changes: u32::MAX, ..item };
         }
-        item.memory = Some(Memory { size: size as u8, write, aligned: size == 16 && must_align(&insn) });
+        item.memory = Some(Memory { size: size as u8, write, aligned: size >= 16 && must_align(&insn) });
     } else if kind == Kind::Direct && !used.used_memory().is_empty() {
         return Item { kind: Kind::Handler { ends: false }, changes: u32::MAX, ..item };
     }
@@ -281,6 +283,9 @@ fn classify(insn: Instruction, op: Op, known: bool, info: &mut InstructionInfoFa
 
 fn must_align(insn: &Instruction) -> bool {
     use Mnemonic as M;
+    if vex::is_vex(insn) {
+        return vex::must_align(insn);
+    }
     !matches!(
         insn.mnemonic(),
         M::Movups
@@ -347,8 +352,9 @@ fn kind_of(insn: &Instruction) -> Kind {
         }
         M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd | M::Imul | M::Mul | M::Bsf | M::Bsr | M::Bswap => {}
         M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq => {}
-        M::Cqo | M::Lahf | M::Sahf | M::Stc | M::Clc | M::Cmc | M::Popcnt | M::Movbe | M::Crc32 => {}
-        M::Movnti | M::Lfence | M::Mfence | M::Sfence | M::Lzcnt => {}
+        M::Cqo | M::Lahf | M::Sahf | M::Stc | M::Clc | M::Cmc => {}
+        M::Popcnt | M::Lzcnt | M::Tzcnt | M::Movbe | M::Crc32 if host_has(insn.mnemonic()) => {}
+        M::Movnti | M::Lfence | M::Mfence | M::Sfence => {}
         M::Cmova
         | M::Cmovae
         | M::Cmovb
@@ -361,9 +367,21 @@ fn kind_of(insn: &Instruction) -> Kind {
         M::Cmovne | M::Cmovno | M::Cmovnp | M::Cmovns | M::Cmovo | M::Cmovp | M::Cmovs => {}
         M::Seta | M::Setae | M::Setb | M::Setbe | M::Sete | M::Setg | M::Setge | M::Setl | M::Setle => {}
         M::Setne | M::Setno | M::Setnp | M::Setns | M::Seto | M::Setp | M::Sets => {}
+        _ if vex::on_general(insn) => {}
         _ => return if direct_vector(insn) { Kind::Direct } else { handler },
     }
     Kind::Direct
+}
+
+/// Whether the host has an instruction that the interpreter can do without it.
+fn host_has(mnemonic: Mnemonic) -> bool {
+    match mnemonic {
+        Mnemonic::Popcnt => is_x86_feature_detected!("popcnt"),
+        Mnemonic::Lzcnt => is_x86_feature_detected!("lzcnt"),
+        Mnemonic::Tzcnt => is_x86_feature_detected!("bmi1"),
+        Mnemonic::Movbe => is_x86_feature_detected!("movbe"),
+        _ => is_x86_feature_detected!("sse4.2"),
+    }
 }
 
 /// Whether it is a vector instruction that executes as it is.
@@ -372,7 +390,8 @@ fn direct_vector(insn: &Instruction) -> bool {
     use Mnemonic as M;
     let features = insn.cpuid_features();
     let known = [F::SSE, F::SSE2, F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ];
-    let ours = !features.is_empty() && features.iter().all(|f| known.contains(f));
+    let newer = [F::SHA, F::AVX, F::AVX2, F::FMA, F::F16C, F::VAES, F::VPCLMULQDQ];
+    let ours = !features.is_empty() && features.iter().all(|f| known.contains(f) || newer.contains(f));
     let other = matches!(
         insn.mnemonic(),
         M::Ldmxcsr
@@ -387,7 +406,11 @@ fn direct_vector(insn: &Instruction) -> bool {
     );
     let plain = (0..insn.op_count()).all(|n| {
         let kind = insn.op_kind(n);
-        kind != OpKind::Register || insn.op_register(n).is_xmm() || insn.op_register(n).is_gpr()
+        kind != OpKind::Register || {
+            let r = insn.op_register(n);
+            r.is_xmm() || r.is_ymm() || r.is_gpr()
+        }
     });
-    ours && !other && plain
+    let all = matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall);
+    ours && !other && plain && (all || !vex::by_hand(insn))
 }

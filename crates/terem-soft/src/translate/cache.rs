@@ -17,7 +17,7 @@ const ALL_CODE: usize = 512 << 20;
 /// The least and the most that one vCPU has.
 const CODE: std::ops::RangeInclusive<usize> = 16 << 20..=160 << 20;
 /// Bytes that the stubs take at most.
-pub(super) const STUBS: usize = 0x3000;
+pub(super) const STUBS: usize = 0x4000;
 /// Bytes of code, pages or sites that one translation takes at most.
 const ONE: usize = 256 << 10;
 

@@ -35,6 +35,8 @@ use crate::op::Op;
 
 /// Blocks are translated when they have been interpreted this often.
 pub(crate) const HOT: u32 = 24;
+/// Where the TLB set is in [`Native::jump_key`], above the mode's key ([`crate::decode::Mode::key`], 14 bits).
+const SET_SHIFT: u32 = 14;
 /// No link.
 pub(crate) const NO_LINK: u32 = 0;
 
@@ -73,8 +75,13 @@ pub(crate) struct Native {
 
 impl Native {
     /// For a vCPU with these words ([`crate::apic::Apic::words`]); `translate`: with a translator, one of
-    /// `vcpus`.
-    pub(crate) fn new([attention, pending]: [*const AtomicBool; 2], translate: bool, vcpus: usize) -> Self {
+    /// `vcpus`; `avx`: the model has AVX.
+    pub(crate) fn new(
+        [attention, pending]: [*const AtomicBool; 2],
+        translate: bool,
+        vcpus: usize,
+        avx: bool,
+    ) -> Self {
         Self {
             cpu: std::ptr::null_mut(),
             attention,
@@ -90,7 +97,7 @@ impl Native {
             link: NO_LINK,
             jumps: [JumpEntry::NONE; JUMP_ENTRIES],
             changes: 0,
-            translator: if translate { Translator::new(vcpus) } else { None },
+            translator: if translate { Translator::new(vcpus, avx) } else { None },
         }
     }
 }
@@ -168,13 +175,13 @@ pub(crate) struct Translator {
 
 impl Translator {
     /// `None` where the host gives no executable memory.
-    pub(crate) fn new(vcpus: usize) -> Option<Box<Self>> {
+    pub(crate) fn new(vcpus: usize, avx: bool) -> Option<Box<Self>> {
         let mut memory = CodeMemory::new(vcpus)
             .inspect_err(|e| {
                 tracing::warn!("no memory for translated code ({e}): the interpreter runs all of it");
             })
             .ok()?;
-        let stubs = Stubs::emit(&mut memory);
+        let stubs = Stubs::emit(&mut memory, avx);
         memory.clear();
         let links = vec![Link { at: 0, offset: 0, cross: None }];
         Some(Box::new(Self {

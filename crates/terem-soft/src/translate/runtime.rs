@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::analyse::{Item, analyse};
 use super::emit::Emitter;
 use super::flow::jump_index;
-use super::{CrossLink, HOT, Header, JumpEntry, Link, NO_LINK, Site, Translator};
+use super::{CrossLink, HOT, Header, JumpEntry, Link, NO_LINK, SET_SHIFT, Site, Translator};
 use crate::block::Block;
 use crate::cpu::Cpu;
 use crate::decode::CodeSize;
@@ -139,9 +139,9 @@ impl Cpu {
 
     /// Epoch and mode, as jumps are remembered under.
     pub(crate) fn refresh_jump_key(&mut self) {
-        self.native.jump_key = self.tlb.epoch() << 16
-            | u64::from(self.tlb.strict()) << 15
-            | (self.tlb.set() as u64) << 12
+        self.native.jump_key = self.tlb.epoch() << (SET_SHIFT + 3)
+            | u64::from(self.tlb.strict()) << (SET_SHIFT + 2)
+            | (self.tlb.set() as u64) << SET_SHIFT
             | u64::from(self.mode_key);
     }
 

@@ -7,7 +7,7 @@ use super::asm::{Asm, Place, cc};
 use super::cache::CodeMemory;
 use super::flow::look_up;
 use super::{Header, Site, runtime};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Ymm};
 use crate::mmu::{ENTRIES, Entry, MIX, NO_PAGE, Remembered, Tlb};
 
 /// Guest registers that live in host registers of the same number. RSP is in [`SP`]; R9, R10, R11 and R15 are in
@@ -65,7 +65,8 @@ pub(super) struct Fill {
 }
 
 impl Stubs {
-    pub(super) fn emit(memory: &mut CodeMemory) -> Self {
+    /// `avx`: with the upper halves of vector registers.
+    pub(super) fn emit(memory: &mut CodeMemory, avx: bool) -> Self {
         let mut stubs = Self::default();
         let mut a = Asm { base: memory.next(), ..Asm::default() };
         stubs.exit_to = a.here();
@@ -73,7 +74,7 @@ impl Stubs {
         a.set(T1, u64::from(super::NO_LINK));
         stubs.exit = a.here();
         save_registers(&mut a);
-        spill_vectors(&mut a);
+        spill_vectors(&mut a, avx);
         a.copy(true, RAX, T1);
         let leave = a.code.len();
         epilogue(&mut a);
@@ -84,7 +85,7 @@ impl Stubs {
         let ways = Ways { leave, elsewhere };
         let mut call = |rust: u64, vectors: bool| {
             let at = a.here();
-            call_rust(&mut a, rust, vectors, ways);
+            call_rust(&mut a, rust, vectors, ways, avx);
             at
         };
         let slow = call(runtime::slow as *const () as u64, false);
@@ -172,15 +173,71 @@ fn save_registers(a: &mut Asm) {
 
 fn xmm(a: &mut Asm, opcode: u8, n: u8) {
     // gs movaps
-    let at = Place::State(offset_of!(Cpu, xmm) + usize::from(n) * 16);
+    let at = Place::State(vector(n));
     a.op(false, &[0x0f, opcode], n, at);
 }
 
-/// Stores the XMM registers if they are the guest's. RSP-neutral; flags are lost.
-fn spill_vectors(a: &mut Asm) {
+/// Where a vector register's slot is.
+fn vector(n: u8) -> usize {
+    offset_of!(Cpu, ymm) + usize::from(n) * size_of::<Ymm>()
+}
+
+/// `C5h` and what follows it: an instruction on YMM registers `reg` and `second` with the opcode map 0Fh.
+fn vex256(a: &mut Asm, reg: u8, second: u8, opcode: u8) {
+    a.bytes(&[0xc5, u8::from(reg < 8) << 7 | (!second & 15) << 3 | 4, opcode]);
+}
+
+fn ymm(a: &mut Asm, opcode: u8, n: u8) {
+    // gs vmovaps
+    a.code.push(0x65);
+    vex256(a, n, 0, opcode);
+    a.bytes(&[(n & 7) << 3 | 4, 0x25]);
+    a.bytes(&(vector(n) as i32).to_le_bytes());
+}
+
+const VZEROUPPER: [u8; 3] = [0xc5, 0xf8, 0x77];
+
+/// Stores the vector registers. With AVX also whether there is anything in their upper halves, which are zero then:
+/// in the code that follows they would cost time.
+fn store_vectors(a: &mut Asm, avx: bool) {
+    if !avx {
+        return (0..16).for_each(|n| xmm(a, 0x29, n));
+    }
+    (0..16).for_each(|n| ymm(a, 0x29, n));
+    for n in 1..8 {
+        vex256(a, 0, 0, 0x56); // vorps ymm0, ymm0, ymm n
+        a.code.push(0xc0 | n);
+    }
+    for n in 8..16 {
+        vex256(a, 0, n, 0x56); // vorps ymm0, ymm n, ymm0
+        a.code.push(0xc0);
+    }
+    a.bytes(&[0xc4, 0xe3, 0x7d, 0x19, 0xc0, 1]); // vextractf128 xmm0, ymm0, 1
+    a.bytes(&[0xc4, 0xe2, 0x79, 0x17, 0xc0]); // vptest xmm0, xmm0
+    a.op(false, &[0x0f, 0x95], 0, Place::State(offset_of!(Cpu, uppers))); // setne
+    a.bytes(&VZEROUPPER);
+}
+
+/// Loads the vector registers; their upper halves only if there is anything in them. Flags are lost.
+fn load_vectors(a: &mut Asm, avx: bool) {
+    if !avx {
+        return (0..16).for_each(|n| xmm(a, 0x28, n));
+    }
+    a.compare_byte(Place::State(offset_of!(Cpu, uppers)), 0);
+    let lower = a.jump_if(cc::E);
+    (0..16).for_each(|n| ymm(a, 0x28, n));
+    let done = a.jump();
+    a.land(lower);
+    a.bytes(&VZEROUPPER);
+    (0..16).for_each(|n| xmm(a, 0x28, n));
+    a.land(done);
+}
+
+/// Stores the vector registers if they are the guest's. RSP-neutral; flags are lost.
+fn spill_vectors(a: &mut Asm, avx: bool) {
     a.compare_byte(native!(vectors_loaded), 0);
     let none = a.jump_if(cc::E);
-    (0..16).for_each(|n| xmm(a, 0x29, n));
+    store_vectors(a, avx);
     a.set_byte(native!(vectors_loaded), 0);
     a.land(none);
 }
@@ -206,14 +263,14 @@ fn go_elsewhere(a: &mut Asm, exit_to: u64) -> u64 {
 
 /// Calls `rust(cpu, T1, T0, T2) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another
 /// one, anything else comes back in T1.
-fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
+fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways, avx: bool) {
     save_registers(a);
     push(a, T0);
     a.set_byte(native!(vectors_were_loaded), 0);
     a.compare_byte(native!(vectors_loaded), 0);
     let none = a.jump_if(cc::E);
     a.set_byte(native!(vectors_were_loaded), 1);
-    (0..16).for_each(|n| xmm(a, 0x29, n));
+    store_vectors(a, avx);
     a.set_byte(native!(vectors_loaded), 0);
     a.land(none);
     a.load(RDI, native!(cpu));
@@ -234,7 +291,7 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways) {
         a.compare_byte(native!(vectors_were_loaded), 0);
     }
     let none = (!vectors).then(|| a.jump_if(cc::E));
-    (0..16).for_each(|n| xmm(a, 0x28, n));
+    load_vectors(a, avx);
     a.set_byte(native!(vectors_loaded), 1);
     if let Some(none) = none {
         a.land(none);

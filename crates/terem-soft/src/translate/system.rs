@@ -18,7 +18,7 @@ use crate::mmu::{KERNEL, Tlb, USER};
 /// A field of the state.
 const SYSTEM_FLAGS: Place = Place::State(offset_of!(Cpu, system_flags));
 /// What a change of the TLB set is in [`super::Native::jump_key`].
-const SET: i32 = 1 << 12;
+const SET: i32 = 1 << super::SET_SHIFT;
 
 impl Emitter<'_> {
     pub(super) fn system(&mut self, item: &Item) -> Result<(), CannotEncode> {

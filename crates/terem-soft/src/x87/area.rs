@@ -56,7 +56,7 @@ impl Cpu {
     }
 
     /// Writes to a linear address, in pieces of 8 bytes as far as it goes.
-    pub(super) fn store_bytes(&mut self, mut at: u64, segment: u8, from: &[u8]) -> Exec {
+    pub(crate) fn store_bytes(&mut self, mut at: u64, segment: u8, from: &[u8]) -> Exec {
         let (wide, rest) = from.as_chunks::<8>();
         for piece in wide {
             self.store_in(self.wrap(at), u64::from_le_bytes(*piece), segment)?;
@@ -74,7 +74,7 @@ impl Cpu {
     }
 
     /// Checks that a store of `size` (1 or more) bytes will not fault.
-    pub(super) fn check_writable(&mut self, at: u64, segment: u8, size: u64) -> Exec {
+    pub(crate) fn check_writable(&mut self, at: u64, segment: u8, size: u64) -> Exec {
         self.canonical(at, size, segment)?;
         self.translate(self.wrap(at), Access::Write)?;
         let last = self.wrap(at.wrapping_add(size - 1));

@@ -8,6 +8,7 @@ mod control;
 mod direct;
 mod native;
 mod state;
+mod xsave;
 
 #[cfg(test)]
 mod tests;
@@ -261,7 +262,9 @@ fn encoding(insn: &Instruction) -> u16 {
 
 /// The handler of an x87 instruction, or of one that saves or restores its state.
 pub(crate) fn handler(insn: &Instruction, _: Mode, op: &mut Op) -> Option<Handler> {
-    if let Some(found) = control::handler(insn).or_else(|| state::handler(insn)) {
+    if let Some(found) =
+        control::handler(insn).or_else(|| state::handler(insn)).or_else(|| xsave::handler(insn))
+    {
         return Some(found);
     }
     let x87 = insn.cpuid_features().iter().any(|f| {

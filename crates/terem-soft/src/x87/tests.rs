@@ -232,7 +232,7 @@ fn initial_components_are_neither_saved_nor_kept() {
 #[test]
 fn saved_areas_are_checked() {
     let mut oracle = Oracle::new();
-    let cpu = oracle.cpu_after(&[], |cpu| cpu.xmm[3].0 = 0x1234);
+    let cpu = oracle.cpu_after(&[], |cpu| cpu.ymm[3].low.0 = 0x1234);
     let area = cpu.save_xsave();
     assert_eq!(area.len(), terem_cpu::XSAVE_SIZE);
     let bad = |at: usize, value: u8| {
@@ -243,8 +243,8 @@ fn saved_areas_are_checked() {
     assert_eq!(cpu.load_xsave(&area[..400]), Err(AreaError::Size(400)));
     assert_eq!(cpu.load_xsave(&bad(27, 1)), Err(AreaError::Mxcsr(0x0100_1f80)));
     assert_eq!(cpu.load_xsave(&bad(513, 1)), Err(AreaError::Components(0x103)));
-    assert_eq!(cpu.xmm[3].0, 0x1234);
-    cpu.xmm[3].0 = 0;
+    assert_eq!(cpu.ymm[3].low.0, 0x1234);
+    cpu.ymm[3].low.0 = 0;
     cpu.load_xsave(&area).unwrap();
-    assert_eq!(cpu.xmm[3].0, 0x1234);
+    assert_eq!(cpu.ymm[3].low.0, 0x1234);
 }

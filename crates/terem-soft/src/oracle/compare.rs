@@ -111,7 +111,7 @@ struct Own {
 /// When an instruction faults, the families leave different things behind: in the middle of a repeated string
 /// instruction, the flags of an earlier round (AMD) or of the last (Intel), and with 32-bit addresses the registers cut to
 /// 32 bits or not; of an MMX instruction, the x87 state before (AMD) or after (Intel) its change to MMX. An x87 store
-/// whose stack underflow is not masked accesses memory (AMD) or does not (Intel). How far a gather has come shows in its
+/// that raises an exception which is not masked accesses memory (AMD) or does not (Intel). How far a gather has come shows in its
 /// destination and mask; `strict`: as on Intel's. What a conversion raises whose store faults is raised before or after.
 fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own {
     let faulted = |o: &Outcome| o.vector == PAGE_FAULT || o.vector == GENERAL_PROTECTION;

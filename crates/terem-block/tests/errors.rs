@@ -70,7 +70,7 @@ fn truncated_images() {
     let image = new_image(&scratch, "whole.qcow2", "cluster_size=4096");
     run("qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 64k", str(&image)]);
     let whole = fs::read(&image).expect("read");
-    for len in [0, 1, 3, 4, 8, 71, 72, 103, 104, 111, 112, 4095, 4096, 8191, 8192, 12288] {
+    for len in [0, 1, 3, 4, 8, 71, 72, 103, 104, 111, 112, 4095, 4096, 8191, 8192, 12288, 16384] {
         let cut = scratch.write("cut.qcow2", &whole[..len]);
         let e = refused(&cut, &QCOW2);
         assert!(matches!(e.0, OpenError::Truncated { .. } | OpenError::NotQcow2 { .. }), "{len}: {}", e.1);

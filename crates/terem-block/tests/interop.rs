@@ -64,6 +64,32 @@ fn empty_images_of_all_shapes() {
     }
 }
 
+/// Small clusters, so that each request allocates and frees many; our own check finds what QEMU's would, and faster.
+#[test]
+#[ignore = "minutes; run by hand"]
+fn many_random_requests_lose_no_cluster() {
+    let scratch = Scratch::new();
+    for (i, shape) in ["compat=0.10,cluster_size=512", "compat=1.1,cluster_size=512"].iter().enumerate() {
+        for seed in 0..1000 {
+            let image = scratch.path(&format!("{i}.{seed}.qcow2"));
+            run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", shape, str(&image), "1M"]);
+            let mut model = Model(vec![0; 1 << 20]);
+            let mut random = Random(seed);
+            for _ in 0..3 {
+                let disk = Disk::open(&image, &options(AioEngine::Threads)).expect("opened");
+                for _ in 0..60 {
+                    model.step(&disk, &mut random, 512);
+                }
+                model.assert_equals(&disk);
+                disk.close().expect("closed");
+                let report = terem_block::check(&image, None).expect("checked");
+                assert!(report.is_clean(), "{shape}, seed {seed}: {report:?}");
+            }
+            std::fs::remove_file(&image).expect("removed");
+        }
+    }
+}
+
 #[test]
 fn refcount_table_grows() {
     // 512-byte clusters with 64-bit refcounts: a block counts 64 clusters, a table cluster 64 blocks, 2 MiB.

@@ -37,6 +37,7 @@ impl Tables {
         let tables = Self::read(image, header)?;
         if writing {
             tables.check_blocks(image)?;
+            tables.check_extent(image)?;
         }
         Ok(tables)
     }
@@ -49,6 +50,25 @@ impl Tables {
             Some(pair) => {
                 Err(OpenError::corrupt(image.path(), format!("two refcount blocks at {:#x}", pair[0])))
             }
+            None => Ok(()),
+        }
+    }
+
+    /// The tables that these refer to were written before, so where they are beyond the end of the file, it has lost it.
+    fn check_extent(&self, image: &ImageFile) -> Result<(), OpenError> {
+        let (len, what) = (image.len(), [(&self.l1, "an L2 table"), (&self.reftable, "a refcount block")]);
+        let lost = what.iter().find_map(|(table, what)| {
+            table
+                .iter()
+                .map(|entry| entry & OFFSET)
+                .find(|&offset| offset >= len && offset > 0)
+                .map(|o| (what, o))
+        });
+        match lost {
+            Some((what, offset)) => Err(OpenError::truncated(
+                image.path(),
+                format!("{what} at {offset:#x} is beyond the end of the file ({len:#x})"),
+            )),
             None => Ok(()),
         }
     }

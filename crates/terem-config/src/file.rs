@@ -1,7 +1,7 @@
 //! Machine files: TOML with every mistake told at its line.
 //!
 //! A file is read twice. First each top-level key, and each element of its lists, is read alone: so one mistake does not hide
-//! the others. If there is none, the whole is read at once.
+//! the others. Then the whole is read at once, without the keys that have a mistake.
 
 use crate::error::{ConfigError, ConfigErrors, Place};
 use crate::machine::MachineConfig;
@@ -14,30 +14,32 @@ use toml::de::{DeString, DeTable, DeValue};
 /// Largest machine file that is read, in bytes: a file of this size is a mistake, most likely a disk image.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Reads a machine file; relative paths in it start at the file's directory.
-///
-/// # Errors
-/// The file cannot be read, or all its mistakes of syntax, keys and types.
-pub fn load(path: &Path) -> Result<MachineConfig, ConfigErrors> {
+/// Reads a machine file; relative paths in it start at the file's directory. Returns the machine as far as it could be
+/// read, and all mistakes of syntax, keys and types; the key of a mistake of the whole file is empty.
+#[must_use]
+pub fn load(path: &Path) -> (MachineConfig, Vec<ConfigError>) {
     let unreadable = |why: String| {
-        ConfigErrors::from(ConfigError::missing(
-            "",
-            format!("cannot read the machine file {}: {why}", path.display()),
-            "a readable TOML file",
-        ))
+        let why = format!("cannot read the machine file {}: {why}", path.display());
+        (MachineConfig::default(), vec![ConfigError::missing("", why, "a readable TOML file")])
     };
-    let size = std::fs::metadata(path).map_err(|error| unreadable(error.to_string()))?.len();
-    if size > MAX_FILE {
-        return Err(unreadable(format!("its {size} bytes are more than a machine file has")));
+    match std::fs::metadata(path) {
+        Err(error) => return unreadable(error.to_string()),
+        Ok(meta) if meta.len() > MAX_FILE => {
+            return unreadable(format!("its {} bytes are more than a machine file has", meta.len()));
+        }
+        Ok(_) => {}
     }
-    let text = std::fs::read_to_string(path).map_err(|error| unreadable(error.to_string()))?;
-    let mut config = from_toml(&text, path)?;
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) => return unreadable(error.to_string()),
+    };
+    let (mut config, errors) = read(&text, path);
     let base = path
         .parent()
         .filter(|base| !base.as_os_str().is_empty())
         .map_or_else(PathBuf::new, Path::to_path_buf);
     config.resolve_paths(&base);
-    Ok(config)
+    (config, errors)
 }
 
 /// Reads the text of a machine file; `file` is its name in errors.
@@ -45,24 +47,32 @@ pub fn load(path: &Path) -> Result<MachineConfig, ConfigErrors> {
 /// # Errors
 /// All mistakes of syntax, keys and types.
 pub fn from_toml(text: &str, file: &Path) -> Result<MachineConfig, ConfigErrors> {
+    let (config, errors) = read(text, file);
+    ConfigErrors::check(errors).map(|()| config)
+}
+
+/// What can be read of `text`, without the keys that have a mistake, and the mistakes.
+fn read(text: &str, file: &Path) -> (MachineConfig, Vec<ConfigError>) {
     let reader = Reader { text, file };
-    let table = DeTable::parse(text).map_err(|error| reader.syntax(&error))?;
-    let mut errors = Vec::new();
-    for (key, value) in table.get_ref() {
-        match value.get_ref() {
-            DeValue::Array(elements) => {
-                for (index, element) in elements.iter().enumerate() {
-                    let name = format!("{}[{index}]", key.get_ref());
-                    let alone = DeValue::Array(std::iter::once(element.clone()).collect());
-                    errors.extend(reader.check(&name, key, element, Spanned::new(value.span(), alone)));
-                }
-            }
-            _ => errors.extend(reader.check(key.get_ref(), key, value, value.clone())),
+    let table = match DeTable::parse(text) {
+        Ok(table) => table,
+        Err(error) => return (MachineConfig::default(), vec![reader.syntax(&error)]),
+    };
+    let (mut errors, mut readable, span) = (Vec::new(), DeTable::new(), table.span());
+    for (key, value) in table.into_inner() {
+        let found = reader.check_key(&key, &value);
+        if found.is_empty() {
+            readable.insert(key, value);
+        }
+        errors.extend(found);
+    }
+    match MachineConfig::deserialize(toml::de::Deserializer::from(Spanned::new(span, readable))) {
+        Ok(config) => (config, errors),
+        Err(error) => {
+            errors.push(reader.mistake("", None, &error, None));
+            (MachineConfig::default(), errors)
         }
     }
-    ConfigErrors::check(errors)?;
-    MachineConfig::deserialize(toml::de::Deserializer::from(table))
-        .map_err(|error| reader.mistake("", None, &error, None).into())
 }
 
 struct Reader<'a> {
@@ -77,15 +87,29 @@ impl Reader<'_> {
         Some(Place { file: self.file.into(), line: 1 + before.iter().filter(|&&b| b == b'\n').count() })
     }
 
-    fn syntax(&self, error: &toml::de::Error) -> ConfigErrors {
+    fn syntax(&self, error: &toml::de::Error) -> ConfigError {
         let message = error.message().lines().next().unwrap_or_default();
-        ConfigErrors::from(ConfigError {
+        ConfigError {
             key: String::new(),
             value: None,
             why: format!("it is no TOML: {message}"),
             expected: "lines such as memory = \"4G\"".into(),
             place: self.place(error.span()),
-        })
+        }
+    }
+
+    /// The mistakes in one key of the file: each element of a list is read alone.
+    fn check_key<'i>(&self, key: &Spanned<DeString<'i>>, value: &Spanned<DeValue<'i>>) -> Vec<ConfigError> {
+        let DeValue::Array(elements) = value.get_ref() else {
+            return self.check(key.get_ref(), key, value, value.clone()).into_iter().collect();
+        };
+        let alone = |element: &Spanned<DeValue<'i>>| {
+            Spanned::new(value.span(), DeValue::Array(std::iter::once(element.clone()).collect()))
+        };
+        let check = |(index, element)| {
+            self.check(&format!("{}[{index}]", key.get_ref()), key, element, alone(element))
+        };
+        elements.iter().enumerate().filter_map(check).collect()
     }
 
     /// Reads a machine that has nothing but `key = alone`; `value` is what is looked at.

@@ -161,6 +161,19 @@ impl MachineConfig {
         ConfigErrors::check(errors)
     }
 
+    /// [`Self::validate`] for a machine of which not all could be read: adds its mistakes to those `found` by reading. What
+    /// they are about is left out here, as it has no value to look at.
+    pub fn validate_besides(&self, found: &mut Vec<ConfigError>) {
+        let read = |key: &str| {
+            let top = |key: &str| key.split(['.', '[']).next().unwrap_or_default().to_owned();
+            !found.iter().any(|mistake| mistake.key.is_empty() || top(&mistake.key) == top(key))
+        };
+        if let Err(ConfigErrors(mistakes)) = self.validate() {
+            let more: Vec<_> = mistakes.into_iter().filter(|mistake| read(&mistake.key)).collect();
+            found.extend(more);
+        }
+    }
+
     fn validate_name(&self, errors: &mut Vec<ConfigError>) {
         const LONGEST: usize = 64;
         if let Some(name) = &self.name {

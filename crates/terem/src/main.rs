@@ -82,6 +82,8 @@ fn print_schema(control: bool) -> Result<Exit, Failure> {
 }
 
 fn check(file: &Path) -> Result<Exit, Failure> {
-    terem_config::load(file)?.validate()?;
+    let (config, mut mistakes) = terem_config::load(file);
+    config.validate_besides(&mut mistakes);
+    terem_config::ConfigErrors::check(mistakes)?;
     print(&format!("{}: a machine without mistakes\n", file.display()))
 }

@@ -14,25 +14,12 @@ use terem_config::{
 /// Every mistake in them and in the machine file.
 pub fn machine(arguments: &RunArguments) -> Result<MachineConfig, Failure> {
     let file = arguments.machine.as_deref().filter(|path| is_machine_file(path));
-    let mut errors = Vec::new();
-    let mut config = match file.map(terem_config::load) {
-        Some(Ok(config)) => config,
-        Some(Err(ConfigErrors(found))) => {
-            errors.extend(found);
-            MachineConfig::default()
-        }
-        None => MachineConfig::default(),
-    };
+    let (mut config, mut errors) = file.map(terem_config::load).unwrap_or_default();
     if let Some(disk) = arguments.machine.as_deref().filter(|_| file.is_none()) {
         config.disks.push(DiskConfig::new(disk));
     }
     apply(arguments, &mut config, &mut errors);
-    // What could not be read has no place to be checked in, and would be told as missing besides.
-    if errors.is_empty()
-        && let Err(ConfigErrors(found)) = config.validate()
-    {
-        errors.extend(found);
-    }
+    config.validate_besides(&mut errors);
     ConfigErrors::check(errors)?;
     Ok(config)
 }
@@ -178,9 +165,33 @@ mod tests {
         let failure = parse(&["--memory", "4X", "--cpus", "two", "--disk", "a,fromat=raw", "--net", "lan"])
             .unwrap_err();
         let text = failure.to_string();
-        for part in ["memory = \"4X\"", "cpus.count = \"two\"", "disk[0].fromat", "net[0].type = \"lan\""] {
+        let parts = [
+            "memory = \"4X\"",
+            "cpus.count = \"two\"",
+            "disk[0].fromat",
+            "net[0].type = \"lan\"",
+            "kernel: ",
+        ];
+        for part in parts {
             assert!(text.contains(part), "no `{part}` in\n{text}");
         }
-        assert_eq!(text.lines().count(), 5, "{text}");
+        assert_eq!(text.lines().count(), 6, "{text}");
+    }
+
+    #[test]
+    fn what_can_be_read_is_checked_besides_what_cannot() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.toml");
+        let text = "name = \"a b\"\nmemory = \"12X\"\ncolour = 1\ncpus = { count = 3, sockets = 2 }\nnet = [\"tap\", \"lan\"]";
+        std::fs::write(&file, text).unwrap();
+        let text = parse(&["--kernel", "k", file.to_str().unwrap()]).unwrap_err().to_string();
+        let parts = ["colour: ", "memory = \"12X\"", "net[1] = \"lan\"", "name = \"a b\"", "cpus.count = 3"];
+        for part in parts {
+            assert!(text.contains(part), "no `{part}` in\n{text}");
+        }
+        // A file that is no TOML at all lacks nothing else.
+        std::fs::write(&file, "memory").unwrap();
+        let text = parse(&[file.to_str().unwrap()]).unwrap_err().to_string();
+        assert!(text.contains("no TOML") && !text.contains("kernel"), "{text}");
     }
 }

@@ -62,6 +62,30 @@ fn each_reset_boots_again() {
     }
 }
 
+/// A multiboot image (Multiboot 0.6.96, 3.1.1) of two instructions: `lidt` of a table of no length, `ud2`.
+fn shuts_down_at_once() -> Vec<u8> {
+    // Magic, flags, checksum; then header, load, end of load, end of BSS, entry.
+    let header: [u32; 8] =
+        [0x1bad_b002, 0x1_0000, 0xe451_4ffe, 0x20_0000, 0x20_0000, 0x20_0040, 0x20_0040, 0x20_0020];
+    let mut image: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+    image.extend([0x0f, 0x01, 0x1d, 0x38, 0x00, 0x20, 0x00, 0x0f, 0x0b]);
+    image.resize(64, 0);
+    image
+}
+
+/// Thousands of resets a second: the log tells of the first ones only, or it would fill the host's disk.
+#[test]
+fn a_guest_that_only_resets_does_not_flood_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, shuts_down_at_once()).unwrap();
+    let mut command = Command::new("timeout");
+    command.args(["-s", "KILL", "5"]).arg(terem()).args(["run", "--net", "none", "--kernel"]).arg(kernel);
+    let text = String::from_utf8_lossy(&run(&mut command).stderr).into_owned();
+    assert!(text.contains("more of these are not shown"), "{text}");
+    assert_eq!(text.matches("triple fault").count(), 20, "{text}");
+}
+
 /// Runs terem with arguments that cannot work: it ends with `code` and one line that says each of `words`.
 fn fails(code: i32, words: &[&str], prepare: impl FnOnce(&mut Command) -> &mut Command) {
     let mut command = Command::new(terem());

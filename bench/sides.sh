@@ -15,20 +15,34 @@ need() {
   for program in "$@"; do command -v "$program" >/dev/null || die "no $program: run guest/setup --test and cargo build --release"; done
 }
 
-# side NAME KERNEL INITRD CMDLINE CPUS MIB: sets the array `command`. Guest memory is in a memfd on both sides, so that
-# it can be told from the program's own.
+# side NAME KERNEL INITRD CMDLINE CPUS MIB [DISK...]: sets the array `command`. Guest memory is in a memfd on both sides,
+# so that it can be told from the program's own. A disk is FORMAT:FILE, and what is written to it is thrown away.
 side() {
-  case $1 in
+  local name=$1 disk
+  case $name in
     terem)
       command=("$TEREM" run --name "bench-$$-$RANDOM" --cpus "$5" --memory "${6}M" --net none
         --kernel "$2" --initrd "$3" --cmdline "$4")
+      [ "$(model)" = default ] || command+=(--cpu "$(model)")
       ;;
     qemu)
-      command=(qemu-system-x86_64 -accel "tcg,thread=multi" -cpu max -machine q35,memory-backend=ram
+      command=(qemu-system-x86_64 -accel "tcg,thread=multi" -cpu max -machine "q35,memory-backend=ram"
         -object "memory-backend-memfd,id=ram,size=${6}M" -m "${6}M" -smp "$5" -nodefaults -display none
         -no-reboot -serial stdio -device virtio-rng-pci -kernel "$2" -initrd "$3" -append "$4")
       ;;
   esac
+  shift 6
+  for disk in "$@"; do
+    case $name in
+      terem) command+=(--disk "${disk#*:},format=${disk%%:*},snapshot") ;;
+      qemu) command+=(-drive "if=virtio,format=${disk%%:*},file=${disk#*:},snapshot=on") ;;
+    esac
+  done
+}
+
+# model: terem's CPU model with all that it can, as QEMU's `max` is.
+model() {
+  if "$TEREM" run --cpu max --kernel /dev/null --net none --plan >/dev/null 2>&1; then echo max; else echo default; fi
 }
 
 # median NUMBER...

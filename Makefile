@@ -4,8 +4,10 @@
 .PHONY: all demo test check shellcheck guests fuzz bench clean
 
 FUZZ_SECONDS ?= 10
-SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/kernel guest/minimal guest/memtest guest/debian guest/debian-demo guest/demo \
-  bench/boot bench/guest bench/start
+SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/sources.sh guest/kernel guest/minimal guest/memtest guest/debian guest/debian-demo \
+  guest/debian-task guest/tree guest/demo bench/boot bench/guest bench/start bench/cpu bench/sides.sh bench/programs/run \
+  tests/guests/lasting/run
+SH_SCRIPTS := guest/minimal-init guest/debian-init bench/programs/work.sh
 
 all:
 	cargo build --release --workspace
@@ -27,10 +29,10 @@ check: shellcheck
 	cargo test --workspace --lib --bins
 
 shellcheck:
-	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS) && shellcheck -s dash guest/minimal-init guest/debian-init; \
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS) && shellcheck -s dash $(SH_SCRIPTS); \
 	else echo "no shellcheck here: the scripts are not checked"; fi
 
-# What the tests run: kernels, the minimal guests, the Debian guest.
+# What the tests run: kernels, the minimal guests, the Debian guests.
 guests:
 	guest/setup --test
 	guest/minimal 6.1
@@ -39,6 +41,7 @@ guests:
 	guest/minimal 6.1-686
 	cargo build --release --workspace
 	guest/debian
+	guest/debian tools
 
 # Each fuzz target for FUZZ_SECONDS.
 fuzz:
@@ -50,6 +53,7 @@ bench: guests
 	bench/start
 	bench/boot
 	bench/guest
+	bench/cpu
 
 # The guests' files stay: they are in $$TEREM_CACHE, or ~/.cache/terem.
 clean:

@@ -129,7 +129,7 @@ fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own
     }
     let x87 = insn.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU387));
     let status = fx_number(&host.fx.0, 2, 2);
-    own.ignore |= x87 && !faulted(host) && status & 0x80 != 0;
+    own.ignore |= x87 && host.rip != ours.rip && status & 0x80 != 0;
     let repeated = insn.is_string_instruction() && (insn.has_rep_prefix() || insn.has_repne_prefix());
     own.flags = repeated && host.rip == ours.rip;
     own.upper_halves = own.flags && insn.op_kinds().any(|k| NARROW.contains(&k));

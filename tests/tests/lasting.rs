@@ -10,7 +10,7 @@ use terem_tests::{Guest, cached, succeed};
 
 /// What the process may have beyond the guest's memory, in KiB, with four vCPUs that have translated all that they may
 /// keep: code caches and decoded blocks of each are bounded.
-const MOST_OWN_MEMORY: u64 = 1 << 20;
+const MOST_OWN_MEMORY: u64 = 512 << 10;
 
 /// KiB resident that are not the guest's memory, which is a memfd of this name.
 fn own_memory(pid: u32) -> u64 {

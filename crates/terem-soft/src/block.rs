@@ -20,10 +20,10 @@ const BLOCK_OPS: usize = 48;
 const BLOCK_BYTES: usize = 256;
 /// The longest instruction.
 const MAX_LEN: usize = 15;
-/// Decoded instructions kept by one vCPU (about 7 MiB); more, and all are dropped.
-const MAX_OPS: usize = 600_000;
+/// Decoded instructions kept by one vCPU (about 4 MiB); more, and all are dropped.
+const MAX_OPS: usize = 100_000;
 /// Entries of the table by linear address.
-const LINEAR_ENTRIES: usize = 32768;
+const LINEAR_ENTRIES: usize = 16384;
 
 /// In a block's key: one instruction only, for pages with breakpoints.
 const STEPPED: u32 = 1 << 31;

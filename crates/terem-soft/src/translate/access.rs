@@ -6,7 +6,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
 
-use super::analyse::{Item, Kind};
+use super::analyse::{Item, Kind, Memory};
 use super::asm::host::{SP, T0, T1, T2};
 use super::asm::{Address, Jump, Place, cc};
 use super::emit::{Cold, Emitter, Recipe, at_home};
@@ -98,8 +98,8 @@ impl Emitter<'_> {
         let size = m.map_or(8, |m| m.size);
         self.sites.push(Site {
             op: item.op,
-            limit: 0x1000 - u32::from(size),
-            mask: m.map_or(0, |m| m.mask().into()),
+            limit: 0x1000 - u16::from(size),
+            mask: m.map_or(0, Memory::mask),
             size,
             write: m.is_some_and(|m| m.write),
             flow,

@@ -13,9 +13,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// Bytes of code that all vCPUs of a machine keep together, at most; each has an equal part.
-const ALL_CODE: usize = 512 << 20;
+const ALL_CODE: usize = 192 << 20;
 /// The least and the most that one vCPU has.
-const CODE: std::ops::RangeInclusive<usize> = 16 << 20..=160 << 20;
+const CODE: std::ops::RangeInclusive<usize> = 8 << 20..=96 << 20;
 /// Bytes that the stubs take at most.
 pub(super) const STUBS: usize = 0x4000;
 /// Bytes of code, pages or sites that one translation takes at most.

@@ -148,7 +148,7 @@ impl Emitter<'_> {
         let site = self.site(&items[0], false);
         let bytes = (group.high - group.low) as u32;
         let of = self.sites.last_mut()?;
-        (of.limit, of.mask, of.write) = (0x1000 - bytes, group.mask.into(), group.write);
+        (of.limit, of.mask, of.write) = (0x1000 - bytes as u16, group.mask, group.write);
         let page = self.page(&items[0].insn, group.write);
         let recipe = self.protect();
         let mut lowest = items[0].insn;

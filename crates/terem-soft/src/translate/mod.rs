@@ -34,7 +34,7 @@ pub(crate) use flow::JUMP_ENTRIES;
 use crate::op::Op;
 
 /// Blocks are translated when they have been interpreted this often.
-pub(crate) const HOT: u32 = 24;
+pub(crate) const HOT: u32 = 64;
 /// Where the TLB set is in [`Native::jump_key`], above the mode's key ([`crate::decode::Mode::key`], 14 bits).
 const SET_SHIFT: u32 = 14;
 /// No link.
@@ -122,9 +122,9 @@ impl JumpEntry {
 struct Site {
     op: Op,
     /// Of its memory access: the last offset in a page at which that fits on it.
-    limit: u32,
+    limit: u16,
     /// Bits that must be 0 in the address.
-    mask: u32,
+    mask: u8,
     size: u8,
     write: bool,
     /// It may go elsewhere: after its handler the translation is left.

@@ -96,7 +96,7 @@ impl Emitter<'_> {
         let bytes = items.len() as i32 * 8;
         let site = self.stack_site(first, push);
         if let Some(site) = self.sites.last_mut() {
-            site.limit = 0x1000 - bytes as u32;
+            site.limit = 0x1000 - bytes as u16;
         }
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, if push { -bytes } else { 0 });

@@ -327,9 +327,10 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
     let mut others = vec![a.jump_if(cc::NE)];
     a.copy(true, RCX, T0);
     a.op(true, &[0x2b], RCX, Place::Reg(RDX));
+    a.code.push(0x66); // 16 bits
     a.op(false, &[0x3b], RCX, Place::At(T2, offset_of!(Site, limit) as i32));
     others.push(a.jump_if(cc::A));
-    a.op(false, &[0x85], T0, Place::At(T2, offset_of!(Site, mask) as i32)); // test
+    a.op(false, &[0x84], T0, Place::At(T2, offset_of!(Site, mask) as i32)); // test
     others.push(a.jump_if(cc::NE));
     a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
     if writable {

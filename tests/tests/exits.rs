@@ -122,7 +122,7 @@ fn what_is_no_kernel_is_1() {
         (&text, "no kernel"),
         (&empty, "empty"),
         (&short, "cut short"),
-        (&missing, "No such file"),
+        (&missing, "there is no such file"),
         (folder.path(), "directory"),
     ];
     for (path, why) in cases {

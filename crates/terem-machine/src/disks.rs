@@ -8,11 +8,17 @@ use terem_block::{
 };
 use terem_config::{AioMode, CacheMode, DiscardMode, DiskConfig, DiskFormat};
 
+/// The reason with the disk's path before it, unless it begins with that itself.
+fn named(path: &Path, source: &OpenError) -> String {
+    let (path, reason) = (path.display().to_string(), source.to_string());
+    if reason.starts_with(&format!("{path}: ")) { reason } else { format!("{path}: {reason}") }
+}
+
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// The image.
-    #[error("disk {}: {source}", path.display())]
+    #[error("disk {}", named(path, source))]
     Open {
         /// Its path.
         path: PathBuf,

@@ -119,10 +119,11 @@ impl Session {
             trace: Some(Box::new(stdio::Lines)),
         };
         let name = plan.name.clone();
-        if let Some(reason) = &plan.accelerator.reason {
+        let reason = plan.accelerator.reason.clone();
+        let machine = Machine::build(plan, lent).map_err(|error| cannot_build(&name, &error))?;
+        if let Some(reason) = reason {
             stdio::tell(&format!("terem: {name} runs on the software CPU: {reason}"));
         }
-        let machine = Machine::build(plan, lent).map_err(|error| cannot_build(&name, &error))?;
         let handle = machine.handle();
         if let Some(console) = &console {
             let handle = handle.clone();

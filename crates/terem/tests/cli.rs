@@ -133,7 +133,7 @@ fn every_mistake_is_one_line() {
     let (out, err) = home.expect(2, &words);
     assert_eq!(out, "");
     let lines: Vec<_> = err.lines().collect();
-    assert_eq!(lines.len(), 5, "{err}");
+    assert_eq!(lines.len(), 7, "{err}");
     assert!(
         lines[0].starts_with("terem: memory = \"4X\": `X` is no unit of size; expected a whole number"),
         "{err}"
@@ -144,7 +144,10 @@ fn every_mistake_is_one_line() {
         "terem: disk[0].cache = \"some\": it is none of the choices; expected one of `writeback`, `none`, `unsafe`"
     );
     assert!(lines[3].starts_with("terem: net[0].type = \"lan\": it is none of the choices"), "{err}");
-    assert!(lines[4].starts_with("  hint: "), "{err}");
+    // What could be read is checked as well.
+    assert!(lines[4].starts_with("terem: kernel: it is needed"), "{err}");
+    assert!(lines[5].starts_with("terem: cpus.count = 0: a machine needs a vCPU"), "{err}");
+    assert!(lines[6].starts_with("  hint: "), "{err}");
     let (_, err) = home.expect(2, &["run", "--cpus", "0", "--memory", "1K", "--kernel", "k"]);
     assert_eq!(err.lines().count(), 3, "{err}");
 }

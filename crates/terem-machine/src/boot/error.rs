@@ -33,11 +33,22 @@ pub struct BootError {
     pub problem: Problem,
 }
 
+/// The host's answer, and what to do about it.
+fn way_out(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "there is no such file; check the path".into(),
+        std::io::ErrorKind::PermissionDenied => {
+            "it may not be read; give yourself the right to, or copy it".into()
+        }
+        _ => error.to_string(),
+    }
+}
+
 /// What is wrong with a file.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     /// The host's answer to opening or reading it.
-    #[error("{0}")]
+    #[error("{}", way_out(.0))]
     Io(#[from] std::io::Error),
     /// It is no regular file.
     #[error("it is a {0}, not a file; give the path of the image itself")]

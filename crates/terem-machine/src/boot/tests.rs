@@ -143,7 +143,7 @@ fn what_does_not_work_is_told_with_reason_and_way_out() {
     let dir = tempfile::tempdir().unwrap();
     let open = |p: &std::path::Path| BootFiles::open(p, None, "").unwrap_err().to_string();
     assert!(open(dir.path()).contains("it is a directory"), "{}", open(dir.path()));
-    assert!(open(&dir.path().join("none")).contains("No such file"));
+    assert!(open(&dir.path().join("none")).contains("there is no such file"));
     let empty = dir.path().join("empty");
     std::fs::write(&empty, b"").unwrap();
     assert!(open(&empty).contains("the file is empty"));

@@ -375,29 +375,50 @@ immediate_table! {
 fn dot_product<F: WithImmediate, S: Source>(cpu: &mut Cpu, op: &Op) -> Exec {
     let (a, b) = (cpu.vector(op.reg).bits(), S::get(cpu, op)?.bits());
     let width = if F::RESULT == Shape::Double(2) { 64 } else { 32 };
-    dot_product_exceptions(cpu, width, a, b, op.imm as u8)?;
+    dot_product_exceptions(cpu, width, &[(a, b)], op.imm as u8)?;
     immediate::<F, S>(cpu, op)
 }
 
-/// If any exception is not masked: tries the steps of a dot product of elements of `width` bits.
+/// If any exception is not masked: tries the steps of a dot product of elements of `width` bits, in all 128-bit lanes
+/// at once.
 ///
 /// # Errors
 /// The exceptions that the guest has not masked.
-pub(crate) fn dot_product_exceptions(cpu: &mut Cpu, width: u32, a: u128, b: u128, immediate: u8) -> Exec {
+pub(crate) fn dot_product_exceptions(
+    cpu: &mut Cpu,
+    width: u32,
+    lanes: &[(u128, u128)],
+    immediate: u8,
+) -> Exec {
     if cpu.mxcsr & MASKS == MASKS {
         return Ok(());
     }
-    let lane = u128::from(u64::MAX >> (64 - width));
+    let element = u128::from(u64::MAX >> (64 - width));
     let wanted = |i: &u32| immediate >> (4 + i) & 1 != 0;
-    let lanes = (0..128 / width).filter(wanted).fold(0, |m, i| m | lane << (i * width));
-    let (a, b) = (V::from(a & lanes), V::from(b & lanes));
+    let mask = (0..128 / width).filter(wanted).fold(0, |m, i| m | element << (i * width));
+    let values: Vec<_> = lanes.iter().map(|(a, b)| (V::from(a & mask), V::from(b & mask))).collect();
     if width == 64 {
-        let products = cpu.float::<Mulpd>(a, b)?;
-        return cpu.float::<Haddpd>(products, products).map(drop);
+        let products = step::<Mulpd>(cpu, &values)?;
+        return step::<Haddpd>(cpu, &products).map(drop);
     }
-    let products = cpu.float::<Mulps>(a, b)?;
-    let sums = cpu.float::<Haddps>(products, products)?;
-    cpu.float::<Haddps>(sums, sums).map(drop)
+    let products = step::<Mulps>(cpu, &values)?;
+    let sums = step::<Haddps>(cpu, &products)?;
+    step::<Haddps>(cpu, &sums).map(drop)
+}
+
+/// Computes as `F` does in each lane; each result twice, as the next step takes it.
+fn step<F: Float>(cpu: &mut Cpu, lanes: &[(V, V)]) -> Exec<Vec<(V, V)>> {
+    let (mut flags, mut tiny) = (0, false);
+    let mut one = |&(a, b): &(V, V)| {
+        let mut csr = cpu.masked_mxcsr();
+        let value = F::controlled(a, b, &mut csr);
+        flags |= csr & FLAGS;
+        tiny |= F::RESULT.tiny(value);
+        (value, value)
+    };
+    let results = lanes.iter().map(&mut one).collect();
+    cpu.raised(flags, || tiny)?;
+    Ok(results)
 }
 
 /// Comparisons that set ZF, PF and CF, and clear OF, SF and AF.

@@ -3,16 +3,15 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::cpu::{Cpu, Xmm, Ymm};
-use crate::decode::{CodeSize, Mode};
 use crate::fault::Exec;
 use crate::mmu::Access;
 use crate::op::{ADDR16, ADDR32, Handler, NO_REG, Op};
 use crate::sse;
 
-pub(super) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Handler> {
+pub(super) fn handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     let wide = insn.op_count() > 0 && (0..insn.op_count()).any(|n| insn.op_register(n).is_ymm());
     if insn.is_vsib() {
-        return gather_handler(insn, mode, op);
+        return gather_handler(insn, op);
     }
     let bytes = if wide { 32 } else { 16 };
     let store = insn.op_count() > 0 && insn.op0_kind() == OpKind::Memory;
@@ -144,7 +143,7 @@ fn masked_store<const E: usize>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 /// Destination [`Op::reg`], mask [`Op::rm`], indices [`Op::index`], [`Op::extra`] elements.
-fn gather_handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Handler> {
+fn gather_handler(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     use Mnemonic as M;
     let (run, index, element): (Handler, u16, u16) = match insn.mnemonic() {
         M::Vpgatherdd | M::Vgatherdps => (gather::<4, 4>, 4, 4),
@@ -156,7 +155,8 @@ fn gather_handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Handler
     let wide = insn.op0_register().is_ymm() || insn.memory_index().is_ymm();
     op.extra = if wide { 32 } else { 16 } / index.max(element);
     op.index = insn.memory_index().number() as u8;
-    if op.base == NO_REG && mode.code != CodeSize::Code64 {
+    // Without a base the size of addresses shows in the displacement's.
+    if op.base == NO_REG && insn.memory_displ_size() != 8 {
         op.flags |= ADDR32;
     }
     Some(run)

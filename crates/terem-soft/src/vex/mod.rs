@@ -94,7 +94,7 @@ pub(crate) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Han
         return None;
     }
     if by_hand(insn) {
-        return elements::handler(insn, mode, op);
+        return elements::handler(insn, op);
     }
     let form = form::of(insn)?;
     let number = |n: u32| match insn.op_count() {

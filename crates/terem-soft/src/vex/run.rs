@@ -206,7 +206,7 @@ impl Cpu {
         (self.ah, self.of) = ((frame.flags >> 8) as u8, frame.flags as u8);
     }
 
-    /// The exceptions of a dot product's multiplications and additions, lane by lane.
+    /// The exceptions of a dot product's multiplications and additions.
     fn exceptions_of_steps(&mut self, frame: &Frame, form: &Form, width: u32, lanes: usize) -> Exec {
         let second = if form.memory.is_some() {
             let (low, high) = frame.memory.split_at(16);
@@ -215,10 +215,8 @@ impl Cpu {
             [frame.vectors[3].low.0, frame.vectors[3].high.0]
         };
         let Ymm { low: Xmm(low), high: Xmm(high) } = frame.vectors[2];
-        for (a, b) in [low, high].into_iter().zip(second).take(lanes) {
-            dot_product_exceptions(self, width, a, b, form.immediate)?;
-        }
-        Ok(())
+        let pairs = [(low, second[0]), (high, second[1])];
+        dot_product_exceptions(self, width, &pairs[..lanes], form.immediate)
     }
 
     /// Reads 1, 2, 4, 8, 16 or 32 bytes.

@@ -16,8 +16,6 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 const ALL_CODE: usize = 192 << 20;
 /// The least and the most that one vCPU has.
 const CODE: std::ops::RangeInclusive<usize> = 8 << 20..=96 << 20;
-/// Bytes that the stubs take at most.
-pub(super) const STUBS: usize = 0x4000;
 /// Bytes of code, pages or sites that one translation takes at most.
 const ONE: usize = 256 << 10;
 
@@ -181,9 +179,14 @@ impl CodeMemory {
         unsafe { self.write.as_ptr().add(offset).cast::<i32>().write_unaligned(distance) };
     }
 
-    /// Forgets all code but the stubs, and all data.
+    /// Has what was added so far stay when all is forgotten.
+    pub(super) fn keep(&mut self) {
+        self.hot.begin = self.hot.used;
+    }
+
+    /// Forgets all code but what is kept, and all data.
     pub(super) fn clear(&mut self) {
-        self.hot.used = self.hot.begin + STUBS;
+        self.hot.used = self.hot.begin;
         self.cold.used = self.cold.begin;
         self.pages.used = self.pages.begin + Self::NOTHING;
         self.sites.used = self.sites.begin;

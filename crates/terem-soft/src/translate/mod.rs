@@ -182,7 +182,7 @@ impl Translator {
             })
             .ok()?;
         let stubs = Stubs::emit(&mut memory, avx);
-        memory.clear();
+        memory.keep();
         let links = vec![Link { at: 0, offset: 0, cross: None }];
         Some(Box::new(Self {
             memory,

@@ -101,6 +101,8 @@ pub(crate) struct BlockCache {
     #[allow(clippy::vec_box, reason = "the addresses must stay")]
     by_physical: HashMap<(u64, u32), Box<Block>, BuildHasherDefault<KeyHasher>>,
     ops: usize,
+    /// All blocks are to be dropped.
+    stale: bool,
     /// A block of code outside RAM, which is not kept.
     passing: Option<Box<Block>>,
 }
@@ -111,6 +113,7 @@ impl BlockCache {
             by_linear: vec![NO_BLOCK; LINEAR_ENTRIES].into_boxed_slice(),
             by_physical: HashMap::default(),
             ops: 0,
+            stale: false,
             passing: None,
         }
     }
@@ -139,11 +142,20 @@ impl BlockCache {
         self.by_linear.fill(NO_BLOCK);
     }
 
-    /// Forgets where translations are.
-    pub(crate) fn drop_translations(&self) {
+    /// Forgets where translations are. The blocks themselves go as soon as none of them is in use.
+    pub(crate) fn drop_translations(&mut self) {
         for block in self.by_physical.values() {
             block.runs.set(0);
             block.code.iter().filter(|c| c.get() != u64::MAX).for_each(|c| c.set(0));
+        }
+        self.stale = true;
+    }
+
+    /// Drops everything if that was put off. For between two blocks.
+    #[inline]
+    pub(crate) fn tidy(&mut self) {
+        if std::mem::take(&mut self.stale) {
+            self.clear();
         }
     }
 }

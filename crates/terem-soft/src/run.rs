@@ -25,6 +25,7 @@ impl Cpu {
                 }
             }
             self.follow_changes();
+            self.blocks.tidy();
             let result = match self.find_block() {
                 Ok(block) => {
                     // SAFETY: blocks are dropped only by `find_block`, not while one runs.

@@ -73,6 +73,12 @@ struct Setup {
 
 impl Setup {
     fn parse(head: &[u8], file_len: u64) -> Result<Self, Problem> {
+        // The header lies in the setup code, which ends later in any kernel.
+        let needed = field::INIT_SIZE + 8;
+        if head.len() < needed {
+            let length = file_len.min(head.len() as u64);
+            return Err(Problem::Truncated { what: "the setup header", needed: needed as u64, length });
+        }
         let version = head.u16_at(field::VERSION);
         let since = |v: u16| version >= v;
         if !since(OLDEST) || head[field::LOADFLAGS] & LOADED_HIGH == 0 {

@@ -278,6 +278,15 @@ fn a_multiboot_2_image_gets_its_tags() {
     assert!(load(&BytesImage(&optional), None, "", &memory, &map, 0).is_ok());
 }
 
+/// Whatever is cut from it, the header is not read beyond the file's end.
+#[test]
+fn a_kernel_that_ends_in_its_header_is_an_error() {
+    let (image, (memory, map)) = (bzimage(4096), guest(8 * MIB));
+    for cut in 1..0x400 {
+        assert!(load(&BytesImage(&image[..cut]), None, "", &memory, &map, 0).is_err(), "{cut}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 

@@ -115,7 +115,11 @@ struct Own {
 /// destination and mask; `strict`: as on Intel's. What a conversion raises whose store faults is raised before or after.
 fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own {
     let faulted = |o: &Outcome| o.vector == PAGE_FAULT || o.vector == GENERAL_PROTECTION;
-    let mut own = Own::default();
+    let repeats = |i: &Instruction| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
+    let narrow = |i: &Instruction| i.op_kinds().any(|k| NARROW.contains(&k));
+    // With a count of 0 Intel's cut the registers as well.
+    let mut own =
+        Own { upper_halves: instructions(case).iter().any(|i| repeats(i) && narrow(i)), ..Own::default() };
     let Some(insn) = instructions(case).into_iter().find(|i| i.ip() == ours.rip) else { return own };
     if insn.is_vsib() && ours.vector != END && !strict {
         own.vectors = 1 << insn.op0_register().number() | 1 << insn.op2_register().number();
@@ -130,9 +134,7 @@ fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own
     let x87 = insn.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU387));
     let status = fx_number(&host.fx.0, 2, 2);
     own.ignore |= x87 && host.rip != ours.rip && status & 0x80 != 0;
-    let repeated = insn.is_string_instruction() && (insn.has_rep_prefix() || insn.has_repne_prefix());
-    own.flags = repeated && host.rip == ours.rip;
-    own.upper_halves = own.flags && insn.op_kinds().any(|k| NARROW.contains(&k));
+    own.flags = repeats(&insn) && host.rip == ours.rip;
     own.x87 = host.rip == ours.rip
         && (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm());
     own

@@ -8,7 +8,7 @@
 //!                       └─> guest.rs (translation) ──────────── Outcome ─┘
 //! ```
 //!
-//! By default some 100,000 cases from a fixed seed run. For more:
+//! By default some 200,000 cases from a fixed seed run. For more:
 //! `ORACLE_CASES=5000000 ORACLE_SEED=7 cargo test -p terem-soft --release oracle -- --nocapture`.
 //! `ORACLE_ONLY=shl,rcr` keeps to instructions whose iced code has one of the words in its name (`^adc_`
 //! at its beginning); `ORACLE_STRICT=1` compares undefined flags as well. A failure prints its seed:
@@ -50,7 +50,7 @@ fn random_instructions_do_as_on_the_host() {
     let mut native = native::Native::new();
     let mut guest = guest::Guest::new();
     let generator = generate::Generator::new(&guest.cpu.instruction_set, wanted);
-    let (seed, cases) = (number("ORACLE_SEED", 1), number("ORACLE_CASES", 100_000));
+    let (seed, cases) = (number("ORACLE_SEED", 1), number("ORACLE_CASES", 200_000));
     let strict = setting("ORACLE_STRICT").is_some();
     let (mut bad, mut shown, mut skipped, mut faults) = (BTreeMap::<String, u64>::new(), 0, 0_u64, 0_u64);
     let mut at = 0;

@@ -20,7 +20,7 @@ const BLOCK_OPS: usize = 48;
 const BLOCK_BYTES: usize = 256;
 /// The longest instruction.
 const MAX_LEN: usize = 15;
-/// Decoded instructions kept by one vCPU (about 4 MiB); more, and all are dropped.
+/// Decoded instructions kept by one vCPU (about 4 MiB); more, and all blocks that are not translated are dropped.
 const MAX_OPS: usize = 100_000;
 /// Entries of the table by linear address.
 const LINEAR_ENTRIES: usize = 16384;

@@ -126,8 +126,8 @@ impl Cpu {
         let entry = self.tlb.entry(linear);
         if entry.read == self.tlb.tag(linear.wrapping_add(T::SIZE - 1)) {
             let host = linear.wrapping_add(entry.addend) as *const Unaligned<T>;
-            // SAFETY: the tag matched for the access' last byte, and its first byte is on the page that
-            // the entry is for, so all of it lies in a page of guest RAM in the window.
+            // SAFETY: the tag matched for the access' last byte, in the place of its first byte's page; pages next to each
+            // other have different places, so both are on the page that the entry is for, which is RAM in the window.
             return Ok(unsafe { host.read_volatile() }.0);
         }
         self.load_slow(linear, segment)

@@ -12,7 +12,7 @@ pub const PAGE_MASK: u64 = !0xfff;
 
 /// Entries of each set.
 pub(crate) const ENTRIES: usize = 4096;
-/// Right shift of a page number whose result is mixed into its place, so that arrays at a multiple of 16 MiB from each
+/// Right shift of a page number whose result is added to its place, so that arrays at a multiple of 16 MiB from each
 /// other do not fight for the same entries.
 pub(crate) const MIX: u32 = 12;
 /// Entries for fetches.
@@ -159,11 +159,13 @@ impl Tlb {
         self.set
     }
 
-    /// Where in a set the entry of `linear` is.
+    /// Where in a set the entry of `linear` is. Pages next to each other never share a place (from one to the next it
+    /// moves by 1 or 2): that is why an access across pages cannot pass for one on the second page, whose entry it would
+    /// find with the first one's address.
     #[inline(always)]
     fn place(linear: u64) -> usize {
         let page = linear >> 12;
-        (page ^ page >> MIX) as usize % ENTRIES
+        (page + (page >> MIX)) as usize % ENTRIES
     }
 
     /// The entry of `linear` in the present set.
@@ -385,4 +387,21 @@ pub(super) struct Permitted {
     pub(super) write: bool,
     pub(super) fetch: bool,
     pub(super) global: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_never_share_a_place() {
+        // Every carry, into every value of the bits that are added, and the end of the address space.
+        for high in 0..1_u64 << 24 {
+            let last = (high << 24) | 0xff_ffff;
+            let (a, b) = (Tlb::place(last), Tlb::place(last.wrapping_add(1)));
+            assert_ne!(a, b, "{last:#x}");
+        }
+        assert_ne!(Tlb::place(u64::MAX), Tlb::place(0));
+        assert_ne!(Tlb::place(0x7_ffff_ffff), Tlb::place(0x8_0000_0000));
+    }
 }

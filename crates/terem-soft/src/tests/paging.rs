@@ -162,3 +162,41 @@ fn an_access_across_pages_faults_on_the_page_that_is_not_there_and_changes_nothi
     assert_eq!((rig.vector(), rig.vcpu.save().cr2, rig.stack(0)), (PAGE_FAULT, WINDOW + 0x3000, 2));
     assert_eq!(rig.get(PAGES + 0x2ff8), 0, "the first half was not written");
 }
+
+/// Maps the page at `linear` to `physical`, with tables of its own from `free` on.
+fn map(rig: &Rig, free: &mut u64, linear: u64, physical: u64) {
+    let mut table = 0x1000;
+    for level in (1..4).rev() {
+        let at = table + (linear >> (12 + 9 * level) & 511) * 8;
+        if rig.get(at) & P == 0 || rig.get(at) & 0x80 != 0 {
+            rig.put(at, *free | P | W | U);
+            *free += 0x1000;
+        }
+        table = rig.get(at) & !0xfff;
+    }
+    rig.put(table + (linear >> 12 & 511) * 8, physical | P | W);
+}
+
+/// Where the page number's carry meets the bits that the TLB adds to it: the second page must not be taken for the first.
+#[test]
+fn an_access_across_pages_finds_both() {
+    for boundary in [0x8_0000_0000_u64, 0x18_0000_0000, 0x100_0000_0000, 0x100_0000] {
+        let mut rig = Rig::new();
+        let mut free = 0x30_0000;
+        map(&rig, &mut free, boundary - 0x1000, PAGES + 0x2000);
+        map(&rig, &mut free, boundary, PAGES + 0x5000);
+        let stop = rig.run(|a| {
+            a.mov(rcx, boundary)?;
+            a.mov(rbx, 0x1122_3344_5566_7788_u64)?;
+            a.mov(rax, qword_ptr(rcx))?;
+            a.mov(qword_ptr(rcx + 8), rax)?; // the second page is in the TLB now
+            a.mov(qword_ptr(rcx - 4), rbx)?;
+            a.mov(rdx, qword_ptr(rcx - 4))?;
+            a.int3()
+        });
+        assert_eq!(stop, Stop::Kicked);
+        assert_eq!(rig.vcpu.save().gpr[2], 0x1122_3344_5566_7788, "{boundary:#x}");
+        assert_eq!(rig.get(PAGES + 0x2ff8), 0x5566_7788 << 32, "{boundary:#x}");
+        assert_eq!(rig.get(PAGES + 0x5000), 0x1122_3344, "{boundary:#x}");
+    }
+}

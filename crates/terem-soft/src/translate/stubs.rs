@@ -315,7 +315,7 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
     a.shift_right(true, RAX, 12);
     a.copy(true, RCX, RAX);
     a.shift_right(true, RCX, MIX as u8);
-    a.op(false, &[0x33], RAX, Place::Reg(RCX));
+    a.op(false, &[0x03], RAX, Place::Reg(RCX));
     a.group1(false, 4, Place::Reg(RAX), ENTRIES as i32 - 1);
     a.shift_left(false, RAX, SHIFT as u8);
     a.copy(true, RDX, T0);

@@ -5,7 +5,6 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::qcow2::{Header, Tables, check_image};
 use crate::{Format, OpenError};
 
 /// Most messages in a report; the number of errors goes on.
@@ -46,17 +45,14 @@ impl CheckReport {
     }
 }
 
-/// Checks the qcow2 image at `path` without changing it. A raw image has nothing that could be wrong.
+/// Checks the image at `path` without changing it. A raw image has nothing that could be wrong.
 ///
 /// # Errors
 /// [`OpenError`] when it cannot be opened or read, or is being written by another process.
 pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
     let image = ImageFile::open(path.as_ref(), false, true, &mut Vec::new())?;
-    match image.format(format)? {
-        Format::Raw => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
-        Format::Qcow2 => {
-            let header = Header::read(&image)?;
-            check_image(&image, &Tables::read(&image, header)?)
-        }
+    match image.format(format)?.driver().check {
+        None => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
+        Some(check) => check(&image),
     }
 }

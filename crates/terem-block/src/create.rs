@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
-use crate::executor::Executor;
+use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::node::Node;
-use crate::qcow2::{Layout, write_new};
 use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions};
 
 /// How much of a new image is given its place at once.
@@ -108,7 +106,8 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
 
     let existed = path.exists();
     let file = new_file(path, options.overwrite)?;
-    let result = fill(path, &file, size, options);
+    let result = (options.format.driver().create)(&NewImage { path, file: &file, size, options })
+        .and_then(|()| file.sync_all().map_err(|e| OpenError::io(path, "writing the new image", e)));
     if result.is_err() && !existed {
         let _ = fs::remove_file(path);
     }
@@ -151,55 +150,4 @@ fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
     let file = fs::File::from(fd);
     file.set_len(0).map_err(fail)?;
     Ok(file)
-}
-
-fn fill(path: &Path, file: &fs::File, size: u64, options: &CreateOptions) -> Result<(), OpenError> {
-    let fail = |e| OpenError::io(path, "writing the new image", e);
-    match options.format {
-        Format::Raw => file.set_len(size).map_err(fail)?,
-        Format::Qcow2 => {
-            let layout = Layout {
-                size,
-                cluster_bits: options.cluster_size.trailing_zeros(),
-                lazy_refcounts: options.lazy_refcounts,
-                backing: options.backing.as_ref().map(|backing| {
-                    (backing.path.to_string_lossy().into_owned(), backing.format.name().to_owned())
-                }),
-            };
-            write_new(file, &layout)
-                .map_err(fail)?
-                .map_err(|what| OpenError::Limit { path: path.to_owned(), what })?;
-            if options.preallocation == Preallocation::Metadata {
-                let len = preallocate(path)?;
-                if len > file.metadata().map_err(fail)?.len() {
-                    file.set_len(len).map_err(fail)?;
-                }
-            }
-        }
-    }
-    file.sync_all().map_err(fail)
-}
-
-fn preallocate(path: &Path) -> Result<u64, OpenError> {
-    // The file is ours, and `create` may hold its lock already.
-    let options = OpenOptions {
-        format: Some(Format::Qcow2),
-        lock: false,
-        aio: AioEngine::Threads,
-        ..OpenOptions::default()
-    };
-    let engine = Engine::new(options.aio)?;
-    let node = open_chain(&engine, path, &options)?;
-    let Node::Qcow2(qcow2) = &node else { return Ok(0) };
-    let work = async {
-        let end = qcow2.preallocate().await?;
-        qcow2.close().await?;
-        Ok(end)
-    };
-    let result = Executor::new(engine).block_on(work).unwrap_or_else(|e| Err(e.into()));
-    result.map_err(|source| OpenError::Request {
-        path: path.to_owned(),
-        doing: "placing its clusters",
-        source,
-    })
 }

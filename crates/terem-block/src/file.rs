@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::IoError;
 use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::extent::{Extent, ExtentKind};
 use crate::range_lock::RangeLock;
 
 /// An open file and the engine for its I/O.
@@ -210,6 +211,24 @@ impl File {
     /// Writes a copy of `bytes`.
     pub(crate) async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), IoError> {
         self.write(offset, &[View::copy_of(bytes)]).await
+    }
+
+    /// The run at `offset`, of at most `length` bytes: data, or a hole. Asks the file system, which answers at once.
+    pub(crate) fn status(&self, offset: u64, length: u64) -> Extent {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        let end = offset.saturating_add(length);
+        if self.block_device {
+            return Extent::new(offset, length, ExtentKind::Data, Some(offset));
+        }
+        let (kind, until) = match seek(&*self.fd, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => (ExtentKind::Zero, data),
+            Ok(_) => (ExtentKind::Data, seek(&*self.fd, SeekFrom::Hole(offset)).unwrap_or(end)),
+            // Nothing but a hole up to the end, or beyond it.
+            Err(Errno::NXIO) => (ExtentKind::Zero, end),
+            Err(_) => (ExtentKind::Data, end),
+        };
+        Extent::new(offset, until.clamp(offset + 1, end) - offset, kind, Some(offset))
     }
 
     /// Makes all that was written durable.

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::qcow2::{Compression, Header, Tables};
 use crate::{Format, OpenError};
 
 /// Facts about an image.
@@ -80,42 +79,13 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
     let image = ImageFile::open(path, false, false, &mut Vec::new())?;
     let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
     let format = image.format(format)?;
-    let (virtual_size, qcow2) = match format {
-        Format::Raw => (image.len(), None),
-        Format::Qcow2 => {
-            let tables = Tables::read(&image, Header::read(&image)?)?;
-            (tables.header().size, Some(qcow2_info(&tables)))
-        }
+    let mut info = ImageInfo {
+        filename: path.to_owned(),
+        format,
+        virtual_size: 0,
+        actual_size: meta.blocks() * 512,
+        qcow2: None,
     };
-    let actual_size = meta.blocks() * 512;
-    Ok(ImageInfo { filename: path.to_owned(), format, virtual_size, actual_size, qcow2 })
-}
-
-fn qcow2_info(tables: &Tables) -> Qcow2Info {
-    let header = tables.header();
-    Qcow2Info {
-        version: header.version,
-        cluster_size: header.cluster_size(),
-        refcount_bits: 1 << header.refcount_order,
-        compression_type: match header.compression {
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        },
-        lazy_refcounts: header.has_lazy_refcounts(),
-        dirty: header.is_dirty(),
-        corrupt: header.is_corrupt(),
-        backing_filename: header.backing.clone(),
-        backing_format: header.backing_format.clone(),
-        snapshots: tables
-            .snapshots()
-            .iter()
-            .map(|s| SnapshotInfo {
-                id: s.id.clone(),
-                name: s.name.clone(),
-                date: s.date,
-                vm_state_size: s.vm_state_size,
-                virtual_size: s.disk_size,
-            })
-            .collect(),
-    }
+    (format.driver().describe)(&image, &mut info)?;
+    Ok(info)
 }

@@ -4,7 +4,8 @@
 //! [`create`], [`info`], [`check`] and [`convert`] work on images that no guest uses.
 //!
 //! Read on in this order: `backend` (what a device asks for), `disk` (the I/O thread), `node` (an opened
-//! image of any format), `qcow2` and `raw` (the formats), `file` (storage), `engine` (the kernel).
+//! image of any format), `format` (the table of formats), `qcow2` and `raw` (formats), `file` (storage), `engine` (the
+//! kernel). `docs/block.md` shows a request's way through them, and how to add a format.
 //!
 //! Nothing in an image can panic or hang the program: sizes are checked against the file and fixed limits
 //! before memory is taken, and every offset against the format's rules before it is used.
@@ -21,7 +22,9 @@ mod engine;
 mod error;
 mod executor;
 mod exercise;
+mod extent;
 mod file;
+mod format;
 mod info;
 #[cfg(test)]
 mod journal;
@@ -40,7 +43,9 @@ pub use create::{BackingFile, CreateOptions, Preallocation, create};
 pub use disk::{Disk, DiskFacts};
 pub use error::OpenError;
 pub use exercise::exercise_qcow2;
+pub use extent::{Extent, ExtentKind};
+pub use format::{CreateOption, Format};
 pub use info::{ImageInfo, Qcow2Info, SnapshotInfo, info};
 pub use lock::Holder;
-pub use options::{AioEngine, BackingPolicy, Cache, Format, OpenOptions};
+pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use terem_memory::{AlignedBuffer, IoMemory};

@@ -3,6 +3,7 @@
 use crate::exit;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use terem_block::Format;
 use terem_config::ByteSize;
 
 /// Virtual machines with or without hardware virtualisation.
@@ -189,14 +190,14 @@ pub enum DiskCommand {
     /// Make an image.
     Create {
         /// Its format.
-        #[arg(long, default_value = "qcow2")]
-        format: ImageFormat,
+        #[arg(long, default_value = "qcow2", value_parser = image_format)]
+        format: Format,
         /// Backing file, from which everything shows through that is not written.
         #[arg(long, value_name = "IMAGE", requires = "backing_format")]
         backing: Option<PathBuf>,
         /// Format of the backing file.
-        #[arg(long, value_name = "FORMAT", requires = "backing")]
-        backing_format: Option<ImageFormat>,
+        #[arg(long, value_name = "FORMAT", requires = "backing", value_parser = image_format)]
+        backing_format: Option<Format>,
         /// Size of a qcow2 cluster.
         #[arg(long, value_name = "SIZE", default_value = "64K")]
         cluster_size: ByteSize,
@@ -211,8 +212,8 @@ pub enum DiskCommand {
     /// Show what an image is.
     Info {
         /// Its format. Not given: read from the image.
-        #[arg(long)]
-        format: Option<ImageFormat>,
+        #[arg(long, value_parser = image_format)]
+        format: Option<Format>,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -222,8 +223,8 @@ pub enum DiskCommand {
     /// Check an image without changing it.
     Check {
         /// Its format. Not given: read from the image.
-        #[arg(long)]
-        format: Option<ImageFormat>,
+        #[arg(long, value_parser = image_format)]
+        format: Option<Format>,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -233,11 +234,11 @@ pub enum DiskCommand {
     /// Copy an image into another format. Zeroes take no space.
     Convert {
         /// Format of the source. Not given: read from the image.
-        #[arg(long, value_name = "FORMAT")]
-        from: Option<ImageFormat>,
+        #[arg(long, value_name = "FORMAT", value_parser = image_format)]
+        from: Option<Format>,
         /// Format of the target.
-        #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
-        to: ImageFormat,
+        #[arg(long, value_name = "FORMAT", default_value = "qcow2", value_parser = image_format)]
+        to: Format,
         /// Size of a qcow2 cluster.
         #[arg(long, value_name = "SIZE", default_value = "64K")]
         cluster_size: ByteSize,
@@ -254,13 +255,12 @@ pub enum DiskCommand {
     },
 }
 
-/// Format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ImageFormat {
-    /// The bytes of the disk as they are.
-    Raw,
-    /// QEMU's copy-on-write format.
-    Qcow2,
+/// A format by one of its names.
+fn image_format(name: &str) -> Result<Format, String> {
+    Format::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = Format::all().map(Format::name).collect();
+        format!("one of {}", names.join(", "))
+    })
 }
 
 fn exit_codes() -> String {

@@ -1,6 +1,6 @@
 //! `terem disk`: images that no machine is using.
 
-use crate::arguments::{DiskCommand, ImageFormat};
+use crate::arguments::DiskCommand;
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
 use crate::{print, print_json};
@@ -13,23 +13,19 @@ use terem_config::ByteSize;
 pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
     match command {
         DiskCommand::Create { format, backing, backing_format, cluster_size, overwrite, path, size } => {
-            let backing = backing
-                .clone()
-                .zip(*backing_format)
-                .map(|(path, format)| BackingFile { path, format: format.into() });
+            let backing =
+                backing.clone().zip(*backing_format).map(|(path, format)| BackingFile { path, format });
             let size = size.map(ByteSize::bytes);
             let options = CreateOptions { size, backing, ..new_image(*format, *cluster_size, *overwrite)? };
             terem_block::create(path, &options).map_err(|error| failed("make", path, &error))?;
             Ok(Exit::Success)
         }
         DiskCommand::Info { format, json, path } => {
-            let info = terem_block::info(path, format.map(Into::into))
-                .map_err(|error| failed("read", path, &error))?;
+            let info = terem_block::info(path, *format).map_err(|error| failed("read", path, &error))?;
             if *json { print_json(&info) } else { print(&describe(&info)) }
         }
         DiskCommand::Check { format, json, path } => {
-            let format = format.map(Into::into);
-            let report = terem_block::check(path, format).map_err(|error| failed("check", path, &error))?;
+            let report = terem_block::check(path, *format).map_err(|error| failed("check", path, &error))?;
             if *json {
                 print_json(&report)?;
             } else {
@@ -38,7 +34,7 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
             Ok(if report.errors == 0 { Exit::Success } else { Exit::ImageDamaged })
         }
         DiskCommand::Convert { from, to, cluster_size, overwrite, json, source, target } => {
-            let open = OpenOptions { format: from.map(Into::into), ..OpenOptions::read_only() };
+            let open = OpenOptions { format: *from, ..OpenOptions::read_only() };
             let options = new_image(*to, *cluster_size, *overwrite)?;
             let bar = progress_bar();
             let mut progress = |done, total| {
@@ -59,21 +55,12 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
     }
 }
 
-impl From<ImageFormat> for Format {
-    fn from(format: ImageFormat) -> Self {
-        match format {
-            ImageFormat::Raw => Self::Raw,
-            ImageFormat::Qcow2 => Self::Qcow2,
-        }
-    }
-}
-
-fn new_image(format: ImageFormat, cluster_size: ByteSize, overwrite: bool) -> Result<CreateOptions, Failure> {
+fn new_image(format: Format, cluster_size: ByteSize, overwrite: bool) -> Result<CreateOptions, Failure> {
     let cluster_size = u32::try_from(cluster_size.bytes()).map_err(|_| {
         Failure::configuration(format!("--cluster-size {cluster_size}: it is too large"))
             .hint("a power of two from 512 to 2M")
     })?;
-    Ok(CreateOptions { format: format.into(), cluster_size, overwrite, ..CreateOptions::default() })
+    Ok(CreateOptions { format, cluster_size, overwrite, ..CreateOptions::default() })
 }
 
 fn failed(verb: &str, path: &Path, error: &OpenError) -> Failure {

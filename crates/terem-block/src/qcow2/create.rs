@@ -6,9 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use super::Qcow2;
 use super::entry::COPIED;
-use super::header::{EXT_BACKING_FORMAT, LAZY_REFCOUNTS, MAX_L1_BYTES};
+use super::header::{EXT_BACKING_FORMAT, LAZY_REFCOUNTS, MAX_L1_BYTES, QCOW_MAGIC};
 use crate::IoError;
-use crate::probe::QCOW_MAGIC;
 
 /// Bytes of the header that is written: up to the compression type's padding.
 const HEADER_LENGTH: u32 = 112;

@@ -2,7 +2,9 @@
 
 use crate::OpenError;
 use crate::chain::ImageFile;
-use crate::probe::QCOW_MAGIC;
+
+/// "QFI\xfb", the first bytes of a qcow2 image.
+pub(crate) const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Header length of version 2.
 const V2_LENGTH: u32 = 72;

@@ -107,14 +107,6 @@ impl Qcow2 {
         }
     }
 
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-
-    pub(crate) fn backing(&self) -> Option<&Node> {
-        self.backing.as_ref()
-    }
-
     /// Bytes of the disk: the header's, up to a whole sector.
     pub(crate) fn size(&self) -> u64 {
         self.header.size.next_multiple_of(512)

@@ -5,6 +5,7 @@ use super::entry::Mapping;
 use crate::IoError;
 use crate::engine::View;
 use crate::executor::{LocalFuture, join_all};
+use crate::extent::{Extent, ExtentKind};
 use crate::file::to_usize;
 
 /// A part of a read that one operation serves.
@@ -57,6 +58,29 @@ impl Qcow2 {
         Ok(runs)
     }
 
+    /// The run at `offset`, of at most `length` bytes.
+    pub(crate) async fn status(&self, offset: u64, length: u64) -> Result<Extent, IoError> {
+        let end = (offset + length).min(self.table_end(offset >> self.bits()) << self.bits());
+        let clusters = self.clusters(offset, end - offset);
+        let _mapped = self.mapping_locks.shared(clusters).await;
+        let runs = self.runs(offset, end - offset).await?;
+        let extent = |run: &Run| {
+            let within = run.offset % self.cluster_size();
+            let (kind, host) = match run.mapping {
+                Mapping::Data { host, .. } => (ExtentKind::Data, Some(host + within)),
+                Mapping::Zero { host, .. } => (ExtentKind::Zero, host.map(|host| host + within)),
+                Mapping::Compressed { .. } => (ExtentKind::Compressed, None),
+                Mapping::Unallocated => (ExtentKind::Unallocated, None),
+            };
+            Extent::new(run.offset, run.length, kind, host)
+        };
+        let mut runs = runs.iter().map(extent);
+        let mut first = runs.next().ok_or_else(|| IoError::Corrupt("an empty range".into()))?;
+        // Only as far as it goes on.
+        let _ = runs.all(|next| first.join(&next));
+        Ok(first)
+    }
+
     async fn read_run(&self, run: Run, view: View) -> Result<(), IoError> {
         let within = run.offset % self.cluster_size();
         match run.mapping {
@@ -89,7 +113,8 @@ fn continues(run: &Run, next: Mapping, cluster_size: u64) -> bool {
             let clusters = (run.offset + run.length) / cluster_size - run.offset / cluster_size;
             host.checked_add(clusters * cluster_size) == Some(next)
         }
-        (Mapping::Zero { .. }, Mapping::Zero { .. }) | (Mapping::Unallocated, Mapping::Unallocated) => true,
+        (Mapping::Zero { host: None, .. }, Mapping::Zero { host: None, .. })
+        | (Mapping::Unallocated, Mapping::Unallocated) => true,
         _ => false,
     }
 }

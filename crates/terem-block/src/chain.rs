@@ -272,7 +272,6 @@ impl<'a> Opening<'a> {
 
     /// Opens another file that the image consists of and names, such as an extent. Where it may be is decided as for
     /// backing files; it is written if the image is.
-    #[allow(dead_code, reason = "for formats of several files")]
     pub(crate) fn open_part(&mut self, name: &str) -> Result<ImageFile, OpenError> {
         let path = resolve_backing(self.image.path(), name, &self.options.backing)?;
         ImageFile::open(&path, self.writing, self.options.lock, &mut self.seen.files)

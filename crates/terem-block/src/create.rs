@@ -18,6 +18,81 @@ pub enum Preallocation {
     Off,
     /// The tables, not the data: faster writing later, while the file stays sparse.
     Metadata,
+    /// All storage, without writing to it.
+    Falloc,
+    /// All storage, written with zeroes.
+    Full,
+}
+
+impl Preallocation {
+    /// The mode of that name (QEMU's names).
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "off" => Some(Self::Off),
+            "metadata" => Some(Self::Metadata),
+            "falloc" => Some(Self::Falloc),
+            "full" => Some(Self::Full),
+            _ => None,
+        }
+    }
+}
+
+/// How the clusters of an image are compressed that are written compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// Deflate.
+    #[default]
+    Zlib,
+    /// Zstandard: better and faster; QEMU 5.1 and later read it.
+    Zstd,
+}
+
+impl Compression {
+    /// The name in options and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+/// What can be chosen for a new qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qcow2Options {
+    /// Version of the format, 2 or 3.
+    pub version: u32,
+    /// Bytes of a cluster: a power of two from 512 to 2 MiB.
+    pub cluster_size: u32,
+    /// Bits of a reference count: a power of two from 1 to 64.
+    pub refcount_bits: u32,
+    /// Let reference counts be behind while the image is open; faster, but they are counted anew after a crash.
+    pub lazy_refcounts: bool,
+    /// Subclusters: a 32nd of a cluster can be written without copying the rest.
+    pub extended_l2: bool,
+    /// For compressed clusters.
+    pub compression: Compression,
+    /// A file that holds the data, beside the image, which then has only tables. Its name as written in the image.
+    pub data_file: Option<String>,
+    /// Keep the data file readable as a raw image.
+    pub data_file_raw: bool,
+}
+
+impl Default for Qcow2Options {
+    fn default() -> Self {
+        Self {
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            extended_l2: false,
+            compression: Compression::Zlib,
+            data_file: None,
+            data_file_raw: false,
+        }
+    }
 }
 
 /// A backing file of a new image.
@@ -36,17 +111,14 @@ pub struct CreateOptions {
     pub format: Format,
     /// Bytes of the disk (rounded up to 512); `None` takes the backing file's.
     pub size: Option<u64>,
-    /// Bytes of a qcow2 cluster: a power of two from 512 to 2 MiB.
-    pub cluster_size: u32,
     /// qcow2: where everything that is not written shows through from.
     pub backing: Option<BackingFile>,
-    /// qcow2: let reference counts be behind while the image is open; faster, but they are counted anew after a
-    /// crash.
-    pub lazy_refcounts: bool,
     /// How much gets its place now.
     pub preallocation: Preallocation,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
+    /// What only qcow2 has.
+    pub qcow2: Qcow2Options,
 }
 
 impl Default for CreateOptions {
@@ -54,11 +126,10 @@ impl Default for CreateOptions {
         Self {
             format: Format::Qcow2,
             size: None,
-            cluster_size: 65536,
             backing: None,
-            lazy_refcounts: false,
             preallocation: Preallocation::Off,
             overwrite: false,
+            qcow2: Qcow2Options::default(),
         }
     }
 }
@@ -79,12 +150,6 @@ impl CreateOptions {
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), OpenError> {
     let path = path.as_ref();
     let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
-    if !(512..=2 << 20).contains(&options.cluster_size) || !options.cluster_size.is_power_of_two() {
-        return Err(limit(format!(
-            "a cluster size of {} bytes; it must be a power of two from 512 to 2097152",
-            options.cluster_size
-        )));
-    }
     if options.format == Format::Raw && options.backing.is_some() {
         return Err(limit("a raw image cannot have a backing file; use qcow2".into()));
     }
@@ -150,4 +215,33 @@ fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
     let file = fs::File::from(fd);
     file.set_len(0).map_err(fail)?;
     Ok(file)
+}
+
+/// Gives the file storage for its first `len` bytes, written with zeroes or not.
+pub(crate) fn reserve_storage(
+    file: &fs::File,
+    len: u64,
+    preallocation: Preallocation,
+) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    const STEP: u64 = 1 << 20;
+    if len == 0 {
+        return Ok(());
+    }
+    match preallocation {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => {
+            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len)?)
+        }
+        Preallocation::Full => {
+            let zeroes = vec![0; crate::file::to_usize(STEP.min(len))];
+            let mut at = 0;
+            while at < len {
+                let n = STEP.min(len - at);
+                file.write_all_at(&zeroes[..crate::file::to_usize(n)], at)?;
+                at += n;
+            }
+            Ok(())
+        }
+    }
 }

@@ -203,6 +203,20 @@ impl Disk {
         told.recv().unwrap_or(Err(IoError::Closed))
     }
 
+    /// Runs `call` with the opened image on the disk's thread, and waits for its end.
+    pub(crate) fn with_node<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(Rc<Node>) -> LocalFuture<'static, Result<T, IoError>> + Send + 'static,
+    ) -> Result<T, IoError> {
+        let (tell, told) = mpsc::channel();
+        let _ = self.push(Task::Call(Box::new(move |node| {
+            Box::pin(async move {
+                let _ = tell.send(call(node).await);
+            })
+        })));
+        told.recv().unwrap_or(Err(IoError::Closed))
+    }
+
     /// Hands a task to the I/O thread, or gives it back when that takes no more.
     fn push(&self, task: Task) -> Result<(), Task> {
         let mut inbox = self.shared.inbox();

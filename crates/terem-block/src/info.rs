@@ -37,6 +37,13 @@ pub struct Qcow2Info {
     pub refcount_bits: u32,
     /// Method of compressed clusters: `zlib` or `zstd`.
     pub compression_type: &'static str,
+    /// Whether clusters have subclusters.
+    pub extended_l2: bool,
+    /// The file that holds the data, as written in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether that file is kept readable as a raw image.
+    pub data_file_raw: bool,
     /// Whether reference counts may be behind while it is open.
     pub lazy_refcounts: bool,
     /// Whether it was not closed properly with lazy reference counts.

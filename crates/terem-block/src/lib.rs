@@ -39,7 +39,7 @@ mod raw;
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use check::{CheckReport, check};
 pub use convert::{convert, import};
-pub use create::{BackingFile, CreateOptions, Preallocation, create};
+pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
 pub use error::OpenError;
 pub use exercise::exercise_qcow2;

@@ -63,10 +63,31 @@ pub(crate) trait Image: Any {
     /// reading goes on in the backing file, or gives zeroes if there is none.
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent>;
 
+    /// How clusters are compressed for [`Self::write_compressed`]; `None` where none can be.
+    fn compression(&self) -> Option<Packer> {
+        None
+    }
+
+    /// Puts in compressed clusters, in ascending order: place on the disk, and bytes that [`Packer::compress`] made of
+    /// what belongs there.
+    fn write_compressed(&self, clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {
+        drop(clusters);
+        Box::pin(async { Err(IoError::Unsupported("compressed clusters")) })
+    }
+
     /// Writes everything back. The image is not used after that.
     fn close(&self) -> Answer<'_> {
         self.flush()
     }
+}
+
+/// How an image has its clusters compressed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packer {
+    /// Bytes of a cluster.
+    pub(crate) unit: u64,
+    /// Compresses one on any thread; `None` if that does not make it smaller.
+    pub(crate) compress: fn(&[u8]) -> Option<Vec<u8>>,
 }
 
 /// An opened image of any format.
@@ -99,6 +120,10 @@ impl Node {
     pub(crate) fn of<T: Image>(&self) -> Option<&T> {
         let image: &dyn Any = &*self.0;
         image.downcast_ref()
+    }
+
+    pub(crate) fn image(&self) -> &dyn Image {
+        &*self.0
     }
 
     /// The backing files from the nearest to the last.

@@ -33,6 +33,7 @@ mod header;
 mod image;
 mod mapping;
 mod metadata;
+mod options;
 #[cfg(test)]
 mod power_tests;
 mod read;
@@ -45,8 +46,8 @@ mod write;
 mod writeback;
 
 use check::check_image;
-use create::{Layout, write_new};
+use create::write_new;
 pub(crate) use driver::DRIVER;
-use header::{Compression, Header};
+use header::Header;
 use image::Qcow2;
 use tables::Tables;

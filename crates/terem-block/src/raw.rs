@@ -1,6 +1,7 @@
 //! Raw images: the bytes of the file are the bytes of the disk.
 
 use crate::chain::{ImageFile, Opening};
+use crate::create::reserve_storage;
 use crate::engine::View;
 use crate::extent::Extent;
 use crate::file::{File, to_usize};
@@ -21,7 +22,9 @@ pub(crate) static DRIVER: Driver = Driver {
     },
     check: None,
     create: |new: &NewImage<'_>| {
-        new.file.set_len(new.size).map_err(|e| OpenError::io(new.path, "writing the new image", e))
+        let done = new.file.set_len(new.size);
+        done.and_then(|()| reserve_storage(new.file, new.size, new.options.preallocation))
+            .map_err(|e| OpenError::io(new.path, "writing the new image", e))
     },
     options: &[],
 };

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use peer::{Random, Scratch, assert_clean, run, str};
 use terem_block::{
     AioEngine, BackingFile, BackingPolicy, BlockBackend, CreateOptions, Disk, Format, Op, OpenError,
-    OpenOptions, Preallocation, convert, create, import, info,
+    OpenOptions, Preallocation, Qcow2Options, convert, create, import, info,
 };
 
 #[test]
@@ -31,12 +31,8 @@ fn created_images_are_what_qemu_expects() {
                 continue;
             }
             let image = scratch.path(&format!("{i}{preallocation:?}.qcow2"));
-            let options = CreateOptions {
-                cluster_size,
-                lazy_refcounts: lazy,
-                preallocation,
-                ..CreateOptions::new(Format::Qcow2, size)
-            };
+            let qcow2 = Qcow2Options { cluster_size, lazy_refcounts: lazy, ..Qcow2Options::default() };
+            let options = CreateOptions { qcow2, preallocation, ..CreateOptions::new(Format::Qcow2, size) };
             create(&image, &options).expect("made");
             assert_clean(&image);
             let json = run("qemu-img", &["info", "--output=json", str(&image)]);
@@ -52,17 +48,27 @@ fn created_images_are_what_qemu_expects() {
     }
 }
 
+fn clusters(cluster_size: u32) -> Qcow2Options {
+    Qcow2Options { cluster_size, ..Qcow2Options::default() }
+}
+
 #[test]
 fn create_refuses_what_makes_no_sense() {
     let scratch = Scratch::new();
     let image = scratch.path("new.qcow2");
     let plain = CreateOptions::new(Format::Qcow2, 1 << 20);
     for bad in [
-        CreateOptions { cluster_size: 1000, ..plain.clone() },
-        CreateOptions { cluster_size: 4 << 20, ..plain.clone() },
+        CreateOptions { qcow2: clusters(1000), ..plain.clone() },
+        CreateOptions { qcow2: clusters(4 << 20), ..plain.clone() },
+        CreateOptions { qcow2: Qcow2Options { refcount_bits: 3, ..clusters(512) }, ..plain.clone() },
+        CreateOptions { qcow2: Qcow2Options { extended_l2: true, ..clusters(8192) }, ..plain.clone() },
+        CreateOptions {
+            qcow2: Qcow2Options { version: 2, refcount_bits: 8, ..clusters(512) },
+            ..plain.clone()
+        },
         CreateOptions { size: None, ..plain.clone() },
         CreateOptions { size: Some(u64::MAX), ..plain.clone() },
-        CreateOptions { size: Some(1 << 50), cluster_size: 512, ..plain.clone() },
+        CreateOptions { size: Some(1 << 50), qcow2: clusters(512), ..plain.clone() },
     ] {
         assert!(matches!(create(&image, &bad), Err(OpenError::Limit { .. })), "{bad:?}");
         assert!(!image.exists(), "{bad:?} left a file");

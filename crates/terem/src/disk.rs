@@ -6,7 +6,9 @@ use crate::failure::{Failure, chain};
 use crate::{print, print_json};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
-use terem_block::{BackingFile, CheckReport, CreateOptions, Format, ImageInfo, OpenError, OpenOptions};
+use terem_block::{
+    BackingFile, CheckReport, CreateOptions, Format, ImageInfo, OpenError, OpenOptions, Qcow2Options,
+};
 use terem_config::ByteSize;
 
 /// Carries out a command.
@@ -60,7 +62,8 @@ fn new_image(format: Format, cluster_size: ByteSize, overwrite: bool) -> Result<
         Failure::configuration(format!("--cluster-size {cluster_size}: it is too large"))
             .hint("a power of two from 512 to 2M")
     })?;
-    Ok(CreateOptions { format, cluster_size, overwrite, ..CreateOptions::default() })
+    let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+    Ok(CreateOptions { format, qcow2, overwrite, ..CreateOptions::default() })
 }
 
 fn failed(verb: &str, path: &Path, error: &OpenError) -> Failure {

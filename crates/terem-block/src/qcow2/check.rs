@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::entry::{COPIED, Mapping, OFFSET};
+use super::entry::{COPIED, Cluster, Mapping, OFFSET};
 use super::header::{BITMAPS, be32, be64};
 use super::refcount::RefcountFormat;
 use super::tables::{Tables, read_table};
@@ -115,32 +115,34 @@ impl References {
                 self.report.error(format!("two L1 entries refer to {l2_offset:#x}"));
                 continue;
             }
-            for entry in read_table(image, l2_offset, cluster, "an L2 table")? {
-                let mapping = match Mapping::decode(entry, bits, tables.header.version) {
-                    Ok(mapping) => mapping,
-                    Err(what) => {
-                        self.report.error(what);
-                        continue;
-                    }
-                };
-                match mapping {
-                    Mapping::Unallocated | Mapping::Zero { host: None, .. } => continue,
-                    Mapping::Compressed { host, length } => {
-                        self.report.compressed_clusters += u64::from(active);
-                        self.add(
-                            host,
-                            length.min(image.len().saturating_sub(host).max(1)),
-                            "a compressed cluster",
-                        );
-                    }
-                    Mapping::Zero { host: Some(host), .. } | Mapping::Data { host, .. } => {
-                        self.add(host, cluster, "a data cluster");
-                    }
+            let format = tables.header.l2_format();
+            for entry in format.entries(&image.read(l2_offset, cluster, "an L2 table")?) {
+                match format.decode(entry) {
+                    Ok(found) => self.count_cluster(image, &found, bits, active, format.external),
+                    Err(what) => self.report.error(what),
                 }
-                self.report.allocated_clusters += u64::from(active);
             }
         }
         Ok(())
+    }
+
+    fn count_cluster(&mut self, image: &ImageFile, found: &Cluster, bits: u32, active: bool, external: bool) {
+        match found.mapping {
+            Mapping::Unallocated | Mapping::Zero { host: None, .. } => return,
+            Mapping::Compressed { .. } if external => {
+                self.report.error("a compressed cluster with an external data file".into());
+            }
+            Mapping::Compressed { host, length } => {
+                self.report.compressed_clusters += u64::from(active);
+                let there = image.len().saturating_sub(host).max(1);
+                self.add(host, length.min(there), "a compressed cluster");
+            }
+            Mapping::Zero { host: Some(_), .. } | Mapping::Data { .. } if external => {}
+            Mapping::Zero { host: Some(host), .. } | Mapping::Data { host, .. } => {
+                self.add(host, 1 << bits, "a data cluster");
+            }
+        }
+        self.report.allocated_clusters += u64::from(active);
     }
 
     /// Counts the bitmaps (specification, "Bitmaps").
@@ -226,18 +228,15 @@ fn check_copied(
         if (entry & COPIED != 0) != (count(l2) == Some(1)) {
             report.error(format!("an L1 entry's copied flag is wrong for {l2:#x}"));
         }
-        for entry in read_table(image, l2, cluster, "an L2 table")? {
-            let (host, copied) = match Mapping::decode(entry, bits, tables.header.version) {
-                Ok(Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied }) => {
-                    (host, copied)
-                }
-                Ok(Mapping::Compressed { .. }) if entry & COPIED != 0 => {
-                    report.error("a compressed cluster has the copied flag".into());
-                    continue;
-                }
-                _ => continue,
-            };
-            if copied != (count(host) == Some(1)) {
+        let format = tables.header.l2_format();
+        for entry in format.entries(&image.read(l2, cluster, "an L2 table")?) {
+            let Ok(found) = format.decode(entry) else { continue };
+            if matches!(found.mapping, Mapping::Compressed { .. }) && entry.descriptor & COPIED != 0 {
+                report.error("a compressed cluster has the copied flag".into());
+            }
+            // Clusters of an external file are always ours alone.
+            let Some((host, copied)) = found.host() else { continue };
+            if copied != (format.external || count(host) == Some(1)) {
                 report.error(format!("an L2 entry's copied flag is wrong for {host:#x}"));
             }
         }

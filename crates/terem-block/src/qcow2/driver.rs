@@ -1,16 +1,20 @@
 //! qcow2's line in the table of formats.
 
-use super::{Compression, Header, Layout, Qcow2, Tables, check_image, write_new};
+use std::fs;
+
+use super::compressed::compress;
+use super::header::{COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
+use super::{Header, Qcow2, Tables, check_image, write_new};
 use crate::chain::{Opening, Seen};
 use crate::engine::{Engine, View};
 use crate::executor::Executor;
 use crate::extent::Extent;
 use crate::file::File;
-use crate::format::{CreateOption, Driver, NewImage};
-use crate::node::{Answer, Image, Node};
+use crate::format::{Driver, NewImage};
+use crate::node::{Answer, Image, Node, Packer, directory_of};
 use crate::{
-    AioEngine, CreateOptions, Format, ImageInfo, OpenError, OpenOptions, Preallocation, Qcow2Info,
-    SnapshotInfo,
+    AioEngine, BackingPolicy, Compression, CreateOptions, Format, ImageInfo, OpenError, OpenOptions,
+    Preallocation, Qcow2Info, SnapshotInfo,
 };
 
 pub(crate) static DRIVER: Driver = Driver {
@@ -28,30 +32,7 @@ pub(crate) static DRIVER: Driver = Driver {
         check_image(image, &Tables::read(image, header)?)
     }),
     create,
-    options: &[CLUSTER_SIZE, LAZY_REFCOUNTS],
-};
-
-const CLUSTER_SIZE: CreateOption = CreateOption {
-    name: "cluster_size",
-    help: "bytes of a cluster, a power of two from 512 to 2M",
-    set: |options: &mut CreateOptions, text| {
-        let size = text.parse().map_err(|_| format!("{text} is no number of bytes"))?;
-        options.cluster_size = size;
-        Ok(())
-    },
-};
-
-const LAZY_REFCOUNTS: CreateOption = CreateOption {
-    name: "lazy_refcounts",
-    help: "on: let reference counts be behind while the image is open",
-    set: |options: &mut CreateOptions, text| {
-        options.lazy_refcounts = match text {
-            "on" => true,
-            "off" => false,
-            _ => return Err("on or off".into()),
-        };
-        Ok(())
-    },
+    options: &super::options::OPTIONS,
 };
 
 impl Qcow2 {
@@ -63,7 +44,22 @@ impl Qcow2 {
             None => None,
         };
         let options = opening.options;
-        Ok(Self::new(opening.storage()?, tables, backing, options))
+        let data = opening.data_file(tables.header())?;
+        Ok(Self::new(opening.storage()?, data, tables, backing, options))
+    }
+}
+
+impl Opening<'_> {
+    /// The file that holds the data, if that is not the image itself.
+    fn data_file(&mut self, header: &Header) -> Result<Option<File>, OpenError> {
+        if header.incompatible & EXTERNAL_DATA == 0 {
+            return Ok(None);
+        }
+        let path = self.image.path();
+        let name = header.data_file.as_ref();
+        let name = name.ok_or_else(|| OpenError::corrupt(path, "its data file has no name"))?;
+        let data = self.open_part(name)?;
+        data.into_storage(self.engine, self.options.cache).map(Some)
     }
 }
 
@@ -112,6 +108,19 @@ impl Image for Qcow2 {
         Box::pin(self.status(offset, length))
     }
 
+    fn compression(&self) -> Option<Packer> {
+        let compress: fn(&[u8]) -> Option<Vec<u8>> = match self.header.compression {
+            Compression::Zlib => |data| compress(Compression::Zlib, data),
+            Compression::Zstd => |data| compress(Compression::Zstd, data),
+        };
+        (!self.l2_format.external).then_some(Packer { unit: self.cluster_size(), compress })
+    }
+
+    fn write_compressed(&self, mut clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {
+        clusters.iter_mut().for_each(|(offset, _)| *offset >>= self.bits());
+        Box::pin(async move { self.write_compressed(&clusters).await })
+    }
+
     fn close(&self) -> Answer<'_> {
         Box::pin(self.close())
     }
@@ -120,37 +129,97 @@ impl Image for Qcow2 {
 fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
     let &NewImage { path, file, size, options } = new;
     let fail = |e| OpenError::io(path, "writing the new image", e);
-    let layout = Layout {
-        size,
-        cluster_bits: options.cluster_size.trailing_zeros(),
-        lazy_refcounts: options.lazy_refcounts,
-        backing: options
-            .backing
-            .as_ref()
-            .map(|backing| (backing.path.to_string_lossy().into_owned(), backing.format.name().to_owned())),
-    };
-    write_new(file, &layout)
-        .map_err(fail)?
-        .map_err(|what| OpenError::Limit { path: path.to_owned(), what })?;
-    if options.preallocation == Preallocation::Metadata {
-        let len = preallocate(new)?;
-        if len > file.metadata().map_err(fail)?.len() {
-            file.set_len(len).map_err(fail)?;
-        }
+    let limit = |what| OpenError::Limit { path: path.to_owned(), what };
+    let header = new_header(size, options).map_err(limit)?;
+    if let Some(name) = &options.qcow2.data_file {
+        let data = directory_of(path).join(name);
+        let mut open = fs::OpenOptions::new();
+        let open = open.write(true).create(true).truncate(options.overwrite).create_new(!options.overwrite);
+        let made = open.open(&data).and_then(|data| data.set_len(size));
+        made.map_err(|e| OpenError::io(&data, "making the data file", e))?;
+    }
+    write_new(file, header).map_err(fail)?.map_err(limit)?;
+    if options.preallocation == Preallocation::Off && !options.qcow2.data_file_raw {
+        return Ok(());
+    }
+    let len = preallocate(new)?;
+    if options.qcow2.data_file.is_none() && len > file.metadata().map_err(fail)?.len() {
+        file.set_len(len).map_err(fail)?;
     }
     Ok(())
 }
 
-/// Gives every cluster its place; the length that the file must have.
+/// The header that the options ask for.
+fn new_header(size: u64, options: &CreateOptions) -> Result<Header, String> {
+    let chosen = &options.qcow2;
+    if !(512..=2 << 20).contains(&chosen.cluster_size) || !chosen.cluster_size.is_power_of_two() {
+        let size = chosen.cluster_size;
+        return Err(format!("a cluster size of {size} bytes; it must be a power of two from 512 to 2097152"));
+    }
+    if !(1..=64).contains(&chosen.refcount_bits) || !chosen.refcount_bits.is_power_of_two() {
+        return Err(format!("refcounts of {} bits; a power of two from 1 to 64", chosen.refcount_bits));
+    }
+    if !(2..=3).contains(&chosen.version) {
+        return Err(format!("version {}; 2 or 3", chosen.version));
+    }
+    let special = [
+        (chosen.refcount_bits != 16, "refcounts of other than 16 bits"),
+        (chosen.lazy_refcounts, "lazy refcounts"),
+        (chosen.extended_l2, "subclusters"),
+        (chosen.compression != Compression::Zlib, "compression other than zlib"),
+        (chosen.data_file.is_some(), "a data file"),
+    ];
+    if let Some((_, what)) = special.iter().find(|(set, _)| *set && chosen.version < 3) {
+        return Err(format!("{what} in version 2; it takes version 3"));
+    }
+    if chosen.extended_l2 && chosen.cluster_size < 16384 {
+        return Err(format!("subclusters in clusters of {} bytes; 16384 at least", chosen.cluster_size));
+    }
+    if chosen.data_file_raw && (chosen.data_file.is_none() || options.backing.is_some()) {
+        return Err("a raw data file takes data_file, and no backing file".into());
+    }
+    let mut header = Header::new(chosen.cluster_size.trailing_zeros(), size);
+    header.version = chosen.version;
+    header.refcount_order = chosen.refcount_bits.trailing_zeros();
+    header.compression = chosen.compression;
+    header.compatible = if chosen.lazy_refcounts { LAZY_REFCOUNTS } else { 0 };
+    for (set, bit) in [
+        (chosen.compression != Compression::Zlib, COMPRESSION),
+        (chosen.extended_l2, EXTENDED_L2),
+        (chosen.data_file.is_some(), EXTERNAL_DATA),
+    ] {
+        header.incompatible |= if set { bit } else { 0 };
+    }
+    header.autoclear = if chosen.data_file_raw { RAW_EXTERNAL } else { 0 };
+    header.data_file.clone_from(&chosen.data_file);
+    if let Some(backing) = &options.backing {
+        header.backing = Some(backing.path.to_string_lossy().into_owned());
+        header.backing_format = Some(backing.format.name().to_owned());
+    }
+    Ok(header)
+}
+
+/// Gives every cluster its place, and what storage is asked for; the length that the data's file must have.
 fn preallocate(new: &NewImage<'_>) -> Result<u64, OpenError> {
     // The file is ours, and `create` may hold its lock already.
-    let options = OpenOptions { lock: false, aio: AioEngine::Threads, ..OpenOptions::default() };
+    let options = OpenOptions {
+        lock: false,
+        aio: AioEngine::Threads,
+        backing: BackingPolicy::Any,
+        ..OpenOptions::default()
+    };
     let engine = Engine::new(options.aio)?;
     let seen = &mut Seen::default();
     let opening = Opening::new(&engine, new.path, Some(Format::Qcow2), true, &options, seen)?;
     let image = Qcow2::open(opening)?;
+    let preallocation = new.options.preallocation;
     let work = async {
         let end = image.preallocate().await?;
+        match preallocation {
+            Preallocation::Off | Preallocation::Metadata => {}
+            Preallocation::Falloc => image.data().reserve(0, end).await?,
+            Preallocation::Full => image.fill_with_zeroes().await?,
+        }
         image.close().await?;
         Ok(end)
     };
@@ -169,10 +238,10 @@ fn describe(tables: &Tables, info: &mut ImageInfo) {
         version: header.version,
         cluster_size: header.cluster_size(),
         refcount_bits: 1 << header.refcount_order,
-        compression_type: match header.compression {
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        },
+        compression_type: header.compression.name(),
+        extended_l2: header.incompatible & EXTENDED_L2 != 0,
+        data_file: header.data_file.clone(),
+        data_file_raw: header.autoclear & RAW_EXTERNAL != 0,
         lazy_refcounts: header.has_lazy_refcounts(),
         dirty: header.is_dirty(),
         corrupt: header.is_corrupt(),

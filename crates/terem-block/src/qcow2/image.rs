@@ -6,7 +6,8 @@ use std::rc::Rc;
 
 use super::cache::TableCache;
 use super::compressed::Decompressed;
-use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT};
+use super::entry::L2Format;
+use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, RAW_EXTERNAL};
 use super::metadata::MetadataMap;
 use super::refcount::RefcountFormat;
 use super::tables::Tables;
@@ -25,7 +26,10 @@ pub(super) struct Dropped {
 /// An open qcow2 image.
 pub(crate) struct Qcow2 {
     pub(super) file: Rc<File>,
+    /// Where the clusters' data is, if not in `file`.
+    data_file: Option<File>,
     pub(super) header: Header,
+    pub(super) l2_format: L2Format,
     pub(super) backing: Option<Node>,
     /// Whether guests' discards and dropped clusters give storage back.
     pub(super) discard: bool,
@@ -42,6 +46,9 @@ pub(crate) struct Qcow2 {
     pub(super) blocks: TableCache,
     /// No cluster below is free.
     pub(super) first_free: Cell<u64>,
+
+    /// The end of the last compressed cluster, in a host cluster that more can share; or 0.
+    pub(super) packing: Cell<u64>,
 
     /// References dropped by tables that are not written back yet.
     pub(super) dropped: RefCell<Vec<Dropped>>,
@@ -72,7 +79,13 @@ pub(crate) struct Qcow2 {
 }
 
 impl Qcow2 {
-    pub(crate) fn new(file: File, tables: Tables, backing: Option<Node>, options: &OpenOptions) -> Self {
+    pub(crate) fn new(
+        file: File,
+        data_file: Option<File>,
+        tables: Tables,
+        backing: Option<Node>,
+        options: &OpenOptions,
+    ) -> Self {
         let metadata = MetadataMap::new(&tables);
         let Tables { header, l1, reftable, .. } = tables;
         let cluster = header.cluster_size();
@@ -87,6 +100,7 @@ impl Qcow2 {
             reftable_offset: Cell::new(header.reftable_offset),
             blocks: TableCache::new(cluster, options.table_cache / 4),
             first_free: Cell::new(0),
+            packing: Cell::new(0),
             dropped: RefCell::default(),
             reclaimable: RefCell::default(),
             metadata,
@@ -102,6 +116,8 @@ impl Qcow2 {
             corrupt: Cell::new(false),
             incompatible: Cell::new(header.incompatible),
             file: Rc::new(file),
+            data_file,
+            l2_format: header.l2_format(),
             header,
             backing,
         }
@@ -114,6 +130,21 @@ impl Qcow2 {
 
     pub(crate) fn cluster_size(&self) -> u64 {
         self.header.cluster_size()
+    }
+
+    /// The file that holds the clusters' data.
+    pub(super) fn data(&self) -> &File {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether the external data file is to be a raw image of the same contents.
+    pub(super) fn external_raw(&self) -> bool {
+        self.data_file.is_some() && self.header.autoclear & RAW_EXTERNAL != 0
+    }
+
+    /// Bytes of the smallest part with a mapping of its own: a cluster or a subcluster.
+    pub(super) fn unit(&self) -> u64 {
+        1 << self.l2_format.unit_bits()
     }
 
     pub(super) fn bits(&self) -> u32 {
@@ -146,9 +177,10 @@ impl Qcow2 {
             self.started.set(true);
             return Ok(());
         }
-        if self.header.autoclear != 0 {
+        let kept = self.header.autoclear & RAW_EXTERNAL;
+        if self.header.autoclear != kept {
             // "Autoclear": what these features say (that the bitmaps are up to date) ends with our writes.
-            self.file.write_bytes(AUTOCLEAR_AT, &0u64.to_be_bytes()).await?;
+            self.file.write_bytes(AUTOCLEAR_AT, &kept.to_be_bytes()).await?;
         }
         if self.lazy_refcounts() {
             self.set_incompatible(self.incompatible.get() | DIRTY).await?;
@@ -156,6 +188,17 @@ impl Qcow2 {
         self.file.sync().await?;
         self.started.set(true);
         Ok(())
+    }
+
+    /// Notes for the bitmaps that something changed there.
+    pub(super) fn mark_dirty(&self, _offset: u64, _length: u64) {}
+
+    /// Makes the data durable, and what was written of the tables.
+    pub(super) async fn sync(&self) -> Result<(), IoError> {
+        if let Some(data) = &self.data_file {
+            data.sync().await?;
+        }
+        self.file.sync().await
     }
 
     async fn set_incompatible(&self, bits: u64) -> Result<(), IoError> {

@@ -12,7 +12,10 @@ use crate::chain::open_chain;
 use crate::engine::Engine;
 use crate::executor::{Executor, LocalFuture, join_all};
 use crate::node::Node;
-use crate::{AioEngine, BackingFile, CreateOptions, Disk, Format, IoError, Op, OpenOptions, create, journal};
+use crate::{
+    AioEngine, BackingFile, CreateOptions, Disk, Format, IoError, Op, OpenOptions, Qcow2Options, create,
+    journal,
+};
 
 const SIZE: u64 = 1 << 20;
 const SECTOR: u64 = 512;
@@ -133,17 +136,20 @@ enum Kind {
     Backed,
     /// All clusters are shared with a snapshot.
     Snapshot,
+    /// Subclusters over a backing file.
+    Extended,
 }
 
 fn cut_power(seed: u64, cluster_size: u32, kind: Kind) {
-    let (lazy_refcounts, backed) = (kind == Kind::Lazy, kind == Kind::Backed);
+    let (lazy_refcounts, backed) = (kind == Kind::Lazy, matches!(kind, Kind::Backed | Kind::Extended));
     let dir = tempfile::tempdir().expect("a directory");
     let (image, cut_image) = (dir.path().join("image.qcow2"), dir.path().join("cut.qcow2"));
     let initial = vec![INITIAL; usize::try_from(SIZE).expect("small")];
     fs::write(dir.path().join("base.raw"), &initial).expect("written");
     let backing = backed.then(|| BackingFile { path: "base.raw".into(), format: Format::Raw });
-    let options =
-        CreateOptions { cluster_size, lazy_refcounts, backing, ..CreateOptions::new(Format::Qcow2, SIZE) };
+    let extended_l2 = kind == Kind::Extended;
+    let qcow2 = Qcow2Options { cluster_size, lazy_refcounts, extended_l2, ..Qcow2Options::default() };
+    let options = CreateOptions { qcow2, backing, ..CreateOptions::new(Format::Qcow2, SIZE) };
     create(&image, &options).expect("made");
     if !backed {
         let disk = Disk::open(&image, &OpenOptions::default()).expect("opened");
@@ -206,4 +212,9 @@ fn with_lazy_refcounts() {
 fn with_a_snapshot() {
     cut_power(7, 4096, Kind::Snapshot);
     cut_power(8, 512, Kind::Snapshot);
+}
+
+#[test]
+fn with_subclusters() {
+    cut_power(9, 16384, Kind::Extended);
 }

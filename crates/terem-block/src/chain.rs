@@ -99,6 +99,46 @@ impl ImageFile {
         &self.file
     }
 
+    /// Writes `bytes` at `offset`.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
+        #[cfg(test)]
+        let record = crate::journal::write_bytes(offset, bytes);
+        let written = self.file.write_all_at(bytes, offset);
+        written.map_err(|e| OpenError::io(&self.path, "writing the image", e))?;
+        #[cfg(test)]
+        crate::journal::ended(record);
+        Ok(())
+    }
+
+    /// Makes all that was written durable.
+    pub(crate) fn sync(&self) -> Result<(), OpenError> {
+        #[cfg(test)]
+        let covered = crate::journal::sync_begins();
+        self.file.sync_data().map_err(|e| OpenError::io(&self.path, "writing the image", e))?;
+        #[cfg(test)]
+        crate::journal::synced(&covered);
+        Ok(())
+    }
+
+    /// Gives storage back that is not needed any more; an economy that may fail.
+    pub(crate) fn punch_hole(&self, offset: u64, length: u64) {
+        use rustix::fs::FallocateFlags;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if rustix::fs::fallocate(&self.file, flags, offset, length).is_ok() {
+            #[cfg(test)]
+            crate::journal::allocated(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length);
+        }
+    }
+
+    /// Cuts a regular file after `len` bytes, or lengthens it.
+    pub(crate) fn set_len(&mut self, len: u64) -> Result<(), OpenError> {
+        if !self.block_device {
+            self.file.set_len(len).map_err(|e| OpenError::io(&self.path, "changing the file's length", e))?;
+            self.len = len;
+        }
+        Ok(())
+    }
+
     /// `len` bytes from `offset` on; `what` is for the error message.
     ///
     /// # Errors
@@ -209,6 +249,10 @@ fn open_node(
     seen: &mut Seen,
 ) -> Result<Node, OpenError> {
     let opening = Opening::new(engine, path, format, writing, options, seen)?;
+    if options.snapshot.is_some() && opening.is_top() && opening.format != Format::Qcow2 {
+        let what = format!("a {} image has no snapshots", opening.format.name());
+        return Err(OpenError::Limit { path: path.to_owned(), what });
+    }
     (opening.format.driver().open)(opening)
 }
 
@@ -241,6 +285,11 @@ impl<'a> Opening<'a> {
         let probed = format.is_none();
         let format = image.format(format)?;
         Ok(Self { image, format, probed, writing, options, engine, seen })
+    }
+
+    /// Whether it is the image that was asked for, rather than one below it.
+    pub(crate) fn is_top(&self) -> bool {
+        self.seen.depth == 1
     }
 
     /// The file, for I/O by the engine.

@@ -217,27 +217,28 @@ fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
     Ok(file)
 }
 
-/// Gives the file storage for its first `len` bytes, written with zeroes or not.
+/// Gives the file storage from `start` to `end`, written with zeroes or not.
 pub(crate) fn reserve_storage(
     file: &fs::File,
-    len: u64,
+    start: u64,
+    end: u64,
     preallocation: Preallocation,
 ) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt;
     const STEP: u64 = 1 << 20;
-    if len == 0 {
+    if start >= end {
         return Ok(());
     }
     match preallocation {
         Preallocation::Off | Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => {
-            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len)?)
+            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), start, end - start)?)
         }
         Preallocation::Full => {
-            let zeroes = vec![0; crate::file::to_usize(STEP.min(len))];
-            let mut at = 0;
-            while at < len {
-                let n = STEP.min(len - at);
+            let zeroes = vec![0; crate::file::to_usize(STEP.min(end - start))];
+            let mut at = start;
+            while at < end {
+                let n = STEP.min(end - at);
                 file.write_all_at(&zeroes[..crate::file::to_usize(n)], at)?;
                 at += n;
             }

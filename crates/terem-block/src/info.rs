@@ -58,6 +58,22 @@ pub struct Qcow2Info {
     pub backing_format: Option<String>,
     /// Its internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Its persistent dirty bitmaps, as far as they are valid.
+    pub bitmaps: Vec<BitmapInfo>,
+}
+
+/// A persistent dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Bytes that a bit stands for.
+    pub granularity: u64,
+    /// Whether it follows writes.
+    pub enabled: bool,
+    /// Whether it is in use, or was not stored by the last who used it: then it is not consistent.
+    pub in_use: bool,
 }
 
 /// An internal snapshot.

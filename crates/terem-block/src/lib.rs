@@ -29,6 +29,7 @@ mod info;
 #[cfg(test)]
 mod journal;
 mod lock;
+mod maintain;
 mod node;
 mod options;
 mod probe;
@@ -45,7 +46,8 @@ pub use error::OpenError;
 pub use exercise::exercise_qcow2;
 pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
-pub use info::{ImageInfo, Qcow2Info, SnapshotInfo, info};
+pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
 pub use lock::Holder;
+pub use maintain::{BitmapAction, Repair, SnapshotAction, bitmap, repair, resize, set_backing, snapshot};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use terem_memory::{AlignedBuffer, IoMemory};

@@ -59,6 +59,9 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Refuse all writes, and share the image with other readers.
     pub read_only: bool,
+    /// A snapshot inside the image, by id or name, that is to be read in place of the disk as it is now. Only with
+    /// `read_only`.
+    pub snapshot: Option<String>,
     /// Use of the host's page cache.
     pub cache: Cache,
     /// Whether discards of the guest give storage back.
@@ -79,6 +82,7 @@ impl Default for OpenOptions {
         Self {
             format: None,
             read_only: false,
+            snapshot: None,
             cache: Cache::Writeback,
             discard: true,
             backing: BackingPolicy::SameDirectory,

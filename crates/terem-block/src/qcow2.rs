@@ -23,16 +23,19 @@
 //!   counts are at least as high as its references: a crash leaves leaked clusters at worst.
 
 mod allocate;
+mod bitmap;
 mod cache;
 mod check;
 mod compressed;
 mod create;
 mod driver;
+mod edit;
 mod entry;
 mod header;
 mod image;
 mod mapping;
 mod metadata;
+mod operations;
 mod options;
 #[cfg(test)]
 mod power_tests;
@@ -41,13 +44,15 @@ mod rebuild;
 mod refcount;
 mod snapshot;
 mod tables;
+mod tracking;
 mod unmap;
 mod write;
 mod writeback;
 
 use check::check_image;
 use create::write_new;
-pub(crate) use driver::DRIVER;
+pub(crate) use driver::{DRIVER, preallocate_from};
 use header::Header;
 use image::Qcow2;
+pub(crate) use operations::{bitmap_bits, check_file, disk_size, edit, repair, set_backing};
 use tables::Tables;

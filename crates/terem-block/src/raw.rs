@@ -23,7 +23,7 @@ pub(crate) static DRIVER: Driver = Driver {
     check: None,
     create: |new: &NewImage<'_>| {
         let done = new.file.set_len(new.size);
-        done.and_then(|()| reserve_storage(new.file, new.size, new.options.preallocation))
+        done.and_then(|()| reserve_storage(new.file, 0, new.size, new.options.preallocation))
             .map_err(|e| OpenError::io(new.path, "writing the new image", e))
     },
     options: &[],

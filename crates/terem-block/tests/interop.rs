@@ -249,25 +249,3 @@ fn a_small_table_cache_is_enough() {
     let options = OpenOptions { table_cache: 0, ..options(AioEngine::Auto) };
     exercise(&scratch, &image, &mut Model(vec![0; 4 << 20]), 3, &options);
 }
-
-#[test]
-fn bitmaps_are_invalidated_by_writing() {
-    let scratch = Scratch::new();
-    let image = scratch.path("bitmap.qcow2");
-    run("qemu-img", &["create", "-q", "-f", "qcow2", str(&image), "2M"]);
-    run("qemu-img", &["bitmap", "--add", str(&image), "b0"]);
-    assert!(terem_block::check(&image, None).expect("checked").is_clean());
-    // Opening alone changes nothing.
-    drop(Disk::open(&image, &OpenOptions::default()).expect("opened"));
-    assert!(run("qemu-img", &["info", "--output=json", str(&image)]).contains("\"b0\""));
-    let disk = Disk::open(&image, &OpenOptions::default()).expect("opened");
-    peer::write(&disk, 0, b"x").expect("written");
-    drop(disk);
-    let header = std::fs::read(&image).expect("read");
-    assert_eq!(header[88..96], [0; 8], "the autoclear bits");
-    let report = terem_block::check(&image, None).expect("checked");
-    assert_eq!(report.errors, 0, "{report:?}");
-    let out = peer::try_run("qemu-img", &["check", "--output=json", str(&image)]);
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(text.contains(&format!("\"leaks\": {}", report.leaks)) && report.leaks > 0, "{report:?} {text}");
-}

@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 
+use super::bitmap::read_bitmaps;
 use super::entry::{COPIED, Cluster, Mapping, OFFSET};
-use super::header::{BITMAPS, be32, be64};
+use super::header::BITMAPS;
 use super::refcount::RefcountFormat;
 use super::tables::{Tables, read_table};
 use crate::OpenError;
@@ -12,12 +13,6 @@ use crate::check::CheckReport;
 
 /// Most clusters of a file that is checked; bounds memory to 1 GiB.
 const MAX_CLUSTERS: u64 = 1 << 27;
-/// Most bitmaps (`QCOW2_MAX_BITMAPS` of QEMU) and bytes of their directory.
-const MAX_BITMAPS: u32 = 65535;
-const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
-/// Most bytes of one bitmap's table.
-const MAX_BITMAP_TABLE: u64 = 64 << 20;
-
 /// References of each host cluster.
 pub(super) struct References {
     cluster_bits: u32,
@@ -27,7 +22,7 @@ pub(super) struct References {
 
 /// Checks a qcow2 image's consistency without changing it.
 pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckReport, OpenError> {
-    let mut references = References::count(image, tables)?;
+    let mut references = References::count(image, tables, 0)?;
     references.count_refcount_structures(image, tables);
     let stored = stored_counts(image, tables, references.counts.len())?;
     let mut report = references.report;
@@ -46,13 +41,13 @@ pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckRep
 }
 
 impl References {
-    /// Counts the references of all structures but the refcounts' own.
+    /// Counts the references of all structures but the refcounts' own, in the file or its first `clusters`.
     ///
     /// # Errors
     /// [`OpenError`] when the image cannot be read; what is wrong in it is in the report.
-    pub(super) fn count(image: &ImageFile, tables: &Tables) -> Result<Self, OpenError> {
+    pub(super) fn count(image: &ImageFile, tables: &Tables, clusters: u64) -> Result<Self, OpenError> {
         let header = &tables.header;
-        let clusters = image.len().div_ceil(header.cluster_size());
+        let clusters = image.len().div_ceil(header.cluster_size()).max(clusters);
         if clusters > MAX_CLUSTERS {
             let what = format!("{clusters} clusters are too many to check");
             return Err(OpenError::Limit { path: image.path().to_owned(), what });
@@ -71,8 +66,8 @@ impl References {
             this.count_tree(image, tables, snapshot.l1_offset, &l1, false)?;
         }
         this.add(header.snapshots_offset, tables.snapshot_bytes, "the snapshot table");
-        if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & BITMAPS != 0) {
-            this.count_bitmaps(image, bitmaps)?;
+        if header.autoclear & BITMAPS != 0 {
+            this.count_bitmaps(image, tables)?;
         }
         Ok(this)
     }
@@ -146,38 +141,27 @@ impl References {
     }
 
     /// Counts the bitmaps (specification, "Bitmaps").
-    fn count_bitmaps(&mut self, image: &ImageFile, bitmaps: (u64, u64, u32)) -> Result<(), OpenError> {
-        let (offset, bytes, number) = bitmaps;
-        if number > MAX_BITMAPS || bytes > MAX_BITMAP_DIRECTORY {
-            self.report.error(format!("a directory of {number} bitmaps in {bytes} bytes"));
-            return Ok(());
-        }
-        self.add(offset, bytes, "the bitmap directory");
-        let directory = image.read(offset, bytes, "the bitmap directory")?;
-        let mut at = 0;
-        for _ in 0..number {
-            let Some(entry) = directory.get(at..).filter(|rest| rest.len() >= 24) else {
-                self.report.error("the bitmap directory is cut short".into());
-                break;
-            };
-            let (table, size) = (be64(entry, 0), u64::from(be32(entry, 8)));
-            let (name, extra) = (be32(entry, 16) & 0xffff, be32(entry, 20));
-            at += (24 + name as usize + extra as usize).next_multiple_of(8);
-            if size * 8 > MAX_BITMAP_TABLE {
-                self.report.error(format!("a bitmap table of {size} entries"));
-                continue;
+    fn count_bitmaps(&mut self, image: &ImageFile, tables: &Tables) -> Result<(), OpenError> {
+        let Some((offset, bytes, _)) = tables.header.bitmaps else { return Ok(()) };
+        let bitmaps = match read_bitmaps(image, &tables.header) {
+            Ok(bitmaps) => bitmaps,
+            Err(OpenError::Corrupt { what, .. }) => {
+                self.report.error(what);
+                return Ok(());
             }
-            self.add(table, size * 8, "a bitmap table");
-            for entry in read_table(image, table, size * 8, "a bitmap table")? {
-                if entry & OFFSET != 0 {
-                    self.add(entry & OFFSET, 1 << self.cluster_bits, "a bitmap's cluster");
-                }
+            Err(e) => return Err(e),
+        };
+        self.add(offset, bytes, "the bitmap directory");
+        for bitmap in bitmaps {
+            self.add(bitmap.table_offset, bitmap.table.len() as u64 * 8, "a bitmap table");
+            for entry in bitmap.table.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+                self.add(entry, 1 << self.cluster_bits, "a bitmap's cluster");
             }
         }
         Ok(())
     }
 
-    fn count_refcount_structures(&mut self, image: &ImageFile, tables: &Tables) {
+    pub(super) fn count_refcount_structures(&mut self, image: &ImageFile, tables: &Tables) {
         let cluster = tables.header.cluster_size();
         self.add(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, "the refcount table");
         for block in tables.reftable.iter().map(|e| e & OFFSET).filter(|&b| b != 0) {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::Qcow2;
+use super::entry::Cluster;
 use super::header::{Header, MAX_L1_BYTES};
 use super::refcount::RefcountFormat;
 use crate::IoError;
@@ -57,13 +58,22 @@ pub(crate) fn write_new(file: &fs::File, mut header: Header) -> io::Result<Resul
 }
 
 impl Qcow2 {
-    /// Gives every cluster of an empty image its place in the file, without writing data. Returns the
-    /// length that the data's file must have.
-    pub(crate) async fn preallocate(&self) -> Result<u64, IoError> {
+    /// Gives every cluster from byte `from` of the disk on that has none its place in the file, without writing data.
+    /// Returns the length that the image's file must have.
+    pub(crate) async fn preallocate(&self, from: u64) -> Result<u64, IoError> {
+        self.begin_write().await?;
         let clusters = self.header.size.div_ceil(self.cluster_size());
-        let (mut at, mut end) = (0, 0);
+        let (mut at, mut end) = (from >> self.bits(), 0);
         while at < clusters {
-            let (first, count) = self.allocate_data(at, self.table_end(at).min(clusters) - at).await?;
+            let until = self.table_end(at).min(clusters);
+            let mappings = self.mappings(at, until - at).await?.0;
+            let there = |cluster: &Cluster| *cluster != Cluster::UNALLOCATED;
+            if there(&mappings[0]) {
+                at += 1;
+                continue;
+            }
+            let want = mappings.iter().take_while(|cluster| !there(cluster)).count() as u64;
+            let (first, count) = self.allocate_data(at, want).await?;
             let format = self.l2_format;
             let entries: Vec<_> = (first..first + count)
                 .map(|host| Some(format.data(host << self.bits(), format.all_units(), 0)))
@@ -73,21 +83,38 @@ impl Qcow2 {
             at += count;
             end = end.max((first + count) << self.bits());
         }
-        Ok(if self.l2_format.external { self.header.size } else { end })
+        Ok(if self.l2_format.external { 0 } else { end })
     }
 
-    /// Writes zeroes into all clusters.
-    pub(crate) async fn fill_with_zeroes(&self) -> Result<(), IoError> {
+    /// Calls `each` with the host offset and length of all data from byte `from` of the disk on.
+    async fn each_run(
+        &self,
+        from: u64,
+        each: impl AsyncFn(u64, u64) -> Result<(), IoError>,
+    ) -> Result<(), IoError> {
         const STEP: u64 = 1 << 20;
-        let zeroes = View::zeroed(to_usize(STEP));
-        let mut at = 0;
+        let mut at = from;
         while at < self.size() {
             let extent = self.status(at, STEP.min(self.size() - at)).await?;
             if let Some(host) = extent.host {
-                self.data().write(host, &[zeroes.part(0, to_usize(extent.length))]).await?;
+                each(host, extent.length).await?;
             }
             at = extent.end();
         }
         Ok(())
+    }
+
+    /// Gives all clusters from byte `from` of the disk on storage.
+    pub(crate) async fn reserve_clusters(&self, from: u64) -> Result<(), IoError> {
+        self.each_run(from, async |host, length| self.data().reserve(host, length).await).await
+    }
+
+    /// Writes zeroes into all clusters from byte `from` of the disk on.
+    pub(crate) async fn fill_with_zeroes(&self, from: u64) -> Result<(), IoError> {
+        let zeroes = View::zeroed(1 << 20);
+        self.each_run(from, async |host, length| {
+            self.data().write(host, &[zeroes.part(0, to_usize(length))]).await
+        })
+        .await
     }
 }

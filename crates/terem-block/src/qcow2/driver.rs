@@ -1,9 +1,12 @@
 //! qcow2's line in the table of formats.
 
 use std::fs;
+use std::path::Path;
 
+use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
 use super::compressed::compress;
-use super::header::{COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
+use super::header::{BITMAPS, COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
+use super::tracking::Tracking;
 use super::{Header, Qcow2, Tables, check_image, write_new};
 use crate::chain::{Opening, Seen};
 use crate::engine::{Engine, View};
@@ -13,8 +16,8 @@ use crate::file::File;
 use crate::format::{Driver, NewImage};
 use crate::node::{Answer, Image, Node, Packer, directory_of};
 use crate::{
-    AioEngine, BackingPolicy, Compression, CreateOptions, Format, ImageInfo, OpenError, OpenOptions,
-    Preallocation, Qcow2Info, SnapshotInfo,
+    AioEngine, BackingPolicy, BitmapInfo, Compression, CreateOptions, Format, ImageInfo, OpenError,
+    OpenOptions, Preallocation, Qcow2Info, SnapshotInfo,
 };
 
 pub(crate) static DRIVER: Driver = Driver {
@@ -24,7 +27,9 @@ pub(crate) static DRIVER: Driver = Driver {
     open: |opening| Qcow2::open(opening).map(Node::new),
     describe: |image, info| {
         let tables = Tables::read(image, Header::read(image)?)?;
-        describe(&tables, info);
+        let valid = tables.header().autoclear & BITMAPS != 0;
+        let bitmaps = if valid { read_bitmaps(image, tables.header())? } else { Vec::new() };
+        describe(&tables, &bitmaps, info);
         Ok(())
     },
     check: Some(|image| {
@@ -38,14 +43,26 @@ pub(crate) static DRIVER: Driver = Driver {
 impl Qcow2 {
     pub(super) fn open(mut opening: Opening<'_>) -> Result<Self, OpenError> {
         let header = Header::read(&opening.image)?;
-        let tables = Tables::load(&mut opening.image, header, opening.writing)?;
+        let mut tables = Tables::load(&mut opening.image, header, opening.writing)?;
+        if let Some(snapshot) = opening.options.snapshot.as_deref().filter(|_| opening.is_top()) {
+            if opening.writing {
+                let what = format!("its snapshot {snapshot:?} can only be read; open it with readonly=on");
+                return Err(OpenError::Limit { path: opening.image.path().to_owned(), what });
+            }
+            tables.go_to_snapshot(&opening.image, snapshot)?;
+        }
+        let tracking = if opening.writing {
+            Tracking::load(&opening.image, tables.header())?
+        } else {
+            Tracking::default()
+        };
         let backing = match tables.header().backing.clone() {
             Some(name) => Some(opening.open_backing(&name, tables.header().backing_format.as_deref())?),
             None => None,
         };
         let options = opening.options;
         let data = opening.data_file(tables.header())?;
-        Ok(Self::new(opening.storage()?, data, tables, backing, options))
+        Ok(Self::new(opening.storage()?, data, tables, backing, tracking, options))
     }
 }
 
@@ -199,8 +216,25 @@ fn new_header(size: u64, options: &CreateOptions) -> Result<Header, String> {
     Ok(header)
 }
 
-/// Gives every cluster its place, and what storage is asked for; the length that the data's file must have.
+/// Gives every cluster of a new image its place, and what storage is asked for; the length that the data's file must
+/// have.
 fn preallocate(new: &NewImage<'_>) -> Result<u64, OpenError> {
+    place_clusters(new.path, 0, new.options.preallocation)
+}
+
+/// The same for the clusters from byte `from` of the disk on.
+pub(crate) fn preallocate_from(
+    path: &Path,
+    from: u64,
+    preallocation: Preallocation,
+) -> Result<(), OpenError> {
+    let len = place_clusters(path, from, preallocation)?;
+    let fail = |e| OpenError::io(path, "changing the file's length", e);
+    let file = fs::OpenOptions::new().write(true).open(path).map_err(fail)?;
+    if len > file.metadata().map_err(fail)?.len() { file.set_len(len).map_err(fail) } else { Ok(()) }
+}
+
+fn place_clusters(path: &Path, from: u64, preallocation: Preallocation) -> Result<u64, OpenError> {
     // The file is ours, and `create` may hold its lock already.
     let options = OpenOptions {
         lock: false,
@@ -210,28 +244,27 @@ fn preallocate(new: &NewImage<'_>) -> Result<u64, OpenError> {
     };
     let engine = Engine::new(options.aio)?;
     let seen = &mut Seen::default();
-    let opening = Opening::new(&engine, new.path, Some(Format::Qcow2), true, &options, seen)?;
+    let opening = Opening::new(&engine, path, Some(Format::Qcow2), true, &options, seen)?;
     let image = Qcow2::open(opening)?;
-    let preallocation = new.options.preallocation;
     let work = async {
-        let end = image.preallocate().await?;
+        let end = image.preallocate(from).await?;
         match preallocation {
             Preallocation::Off | Preallocation::Metadata => {}
-            Preallocation::Falloc => image.data().reserve(0, end).await?,
-            Preallocation::Full => image.fill_with_zeroes().await?,
+            Preallocation::Falloc => image.reserve_clusters(from).await?,
+            Preallocation::Full => image.fill_with_zeroes(from).await?,
         }
         image.close().await?;
         Ok(end)
     };
     let result = Executor::new(engine).block_on(work).unwrap_or_else(|e| Err(e.into()));
     result.map_err(|source| OpenError::Request {
-        path: new.path.to_owned(),
+        path: path.to_owned(),
         doing: "placing its clusters",
         source,
     })
 }
 
-fn describe(tables: &Tables, info: &mut ImageInfo) {
+fn describe(tables: &Tables, bitmaps: &[Bitmap], info: &mut ImageInfo) {
     let header = tables.header();
     info.virtual_size = header.size;
     info.qcow2 = Some(Qcow2Info {
@@ -258,5 +291,15 @@ fn describe(tables: &Tables, info: &mut ImageInfo) {
                 virtual_size: s.disk_size,
             })
             .collect(),
+        bitmaps: bitmaps.iter().map(bitmap_info).collect(),
     });
+}
+
+fn bitmap_info(bitmap: &Bitmap) -> BitmapInfo {
+    BitmapInfo {
+        name: bitmap.name.clone(),
+        granularity: 1 << bitmap.granularity_bits,
+        enabled: bitmap.flags & AUTO != 0,
+        in_use: bitmap.flags & IN_USE != 0,
+    }
 }

@@ -7,10 +7,11 @@ use std::rc::Rc;
 use super::cache::TableCache;
 use super::compressed::Decompressed;
 use super::entry::L2Format;
-use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, RAW_EXTERNAL};
+use super::header::{AUTOCLEAR_AT, BITMAPS, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, RAW_EXTERNAL};
 use super::metadata::MetadataMap;
 use super::refcount::RefcountFormat;
 use super::tables::Tables;
+use super::tracking::Tracking;
 use crate::file::File;
 use crate::node::Node;
 use crate::range_lock::RangeLock;
@@ -55,6 +56,7 @@ pub(crate) struct Qcow2 {
     /// References whose end is on the storage: their counts can go down.
     pub(super) reclaimable: RefCell<Vec<Dropped>>,
 
+    pub(super) tracking: Tracking,
     pub(super) metadata: MetadataMap,
     pub(super) decompressed: RefCell<Decompressed>,
 
@@ -84,6 +86,7 @@ impl Qcow2 {
         data_file: Option<File>,
         tables: Tables,
         backing: Option<Node>,
+        tracking: Tracking,
         options: &OpenOptions,
     ) -> Self {
         let metadata = MetadataMap::new(&tables);
@@ -103,6 +106,7 @@ impl Qcow2 {
             packing: Cell::new(0),
             dropped: RefCell::default(),
             reclaimable: RefCell::default(),
+            tracking,
             metadata,
             decompressed: RefCell::default(),
             mapping_locks: RangeLock::default(),
@@ -177,9 +181,10 @@ impl Qcow2 {
             self.started.set(true);
             return Ok(());
         }
-        let kept = self.header.autoclear & RAW_EXTERNAL;
+        let kept = self.header.autoclear & (RAW_EXTERNAL | if self.tracking.valid { BITMAPS } else { 0 });
+        self.mark_bitmaps().await?;
         if self.header.autoclear != kept {
-            // "Autoclear": what these features say (that the bitmaps are up to date) ends with our writes.
+            // "Autoclear": what these features say ends with our writes, but for what we keep right.
             self.file.write_bytes(AUTOCLEAR_AT, &kept.to_be_bytes()).await?;
         }
         if self.lazy_refcounts() {
@@ -189,9 +194,6 @@ impl Qcow2 {
         self.started.set(true);
         Ok(())
     }
-
-    /// Notes for the bitmaps that something changed there.
-    pub(super) fn mark_dirty(&self, _offset: u64, _length: u64) {}
 
     /// Makes the data durable, and what was written of the tables.
     pub(super) async fn sync(&self) -> Result<(), IoError> {
@@ -244,6 +246,9 @@ impl Qcow2 {
     pub(crate) async fn close(&self) -> Result<(), IoError> {
         if self.file.is_read_only() {
             return Ok(());
+        }
+        if self.started.get() && !self.corrupt.get() {
+            self.store_bitmaps().await?;
         }
         self.write_back(true, true).await?;
         self.reclaim().await?;

@@ -203,18 +203,35 @@ impl Disk {
         told.recv().unwrap_or(Err(IoError::Closed))
     }
 
+    /// Starts `call` with the opened image on the disk's thread; `complete` is called there with its result. When the
+    /// disk is closed both are dropped.
+    pub(crate) fn start<T: 'static>(
+        &self,
+        call: impl FnOnce(Rc<Node>) -> LocalFuture<'static, Result<T, IoError>> + Send + 'static,
+        complete: impl FnOnce(Result<T, IoError>) + Send + 'static,
+    ) {
+        let _ =
+            self.push(Task::Call(Box::new(move |node| Box::pin(async move { complete(call(node).await) }))));
+    }
+
     /// Runs `call` with the opened image on the disk's thread, and waits for its end.
     pub(crate) fn with_node<T: Send + 'static>(
         &self,
         call: impl FnOnce(Rc<Node>) -> LocalFuture<'static, Result<T, IoError>> + Send + 'static,
     ) -> Result<T, IoError> {
         let (tell, told) = mpsc::channel();
-        let _ = self.push(Task::Call(Box::new(move |node| {
-            Box::pin(async move {
-                let _ = tell.send(call(node).await);
-            })
-        })));
+        self.start(call, move |result| drop(tell.send(result)));
         told.recv().unwrap_or(Err(IoError::Closed))
+    }
+
+    /// Writes everything back, as [`Self::close`] does; the disk takes requests no more.
+    pub(crate) fn flush_and_close(&self) -> Result<(), IoError> {
+        self.drain();
+        let result = self.with_node(|node| Box::pin(async move { node.close().await }));
+        self.shared.abandon.store(true, Ordering::Relaxed);
+        self.shared.inbox().closed = true;
+        self.bell.ring();
+        result
     }
 
     /// Hands a task to the I/O thread, or gives it back when that takes no more.

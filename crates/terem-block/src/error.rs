@@ -179,6 +179,9 @@ pub enum OpenError {
         /// The host's error.
         source: io::Error,
     },
+    /// It was to be stopped.
+    #[error("stopped; what was there before is unchanged")]
+    Cancelled,
     /// A request to an open disk failed.
     #[error("{}: {doing}: {source}", path.display())]
     Request {

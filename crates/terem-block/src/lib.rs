@@ -13,8 +13,11 @@
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "sizes in tests are small"))]
 
 mod backend;
+mod bench;
 mod chain;
 mod check;
+mod commit;
+mod compare;
 mod convert;
 mod create;
 mod disk;
@@ -30,6 +33,7 @@ mod info;
 mod journal;
 mod lock;
 mod maintain;
+mod measure;
 mod node;
 mod options;
 mod probe;
@@ -38,8 +42,11 @@ mod range_lock;
 mod raw;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
+pub use bench::{BenchOptions, bench};
 pub use check::{CheckReport, check};
-pub use convert::{convert, import};
+pub use commit::{Rebase, commit, rebase};
+pub use compare::{Comparison, Difference, compare};
+pub use convert::{ConvertOptions, Progress, convert, export, import};
 pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
 pub use error::OpenError;
@@ -49,5 +56,6 @@ pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
 pub use lock::Holder;
 pub use maintain::{BitmapAction, Repair, SnapshotAction, bitmap, repair, resize, set_backing, snapshot};
+pub use measure::{Measure, measure, measure_size};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use terem_memory::{AlignedBuffer, IoMemory};

@@ -75,6 +75,34 @@ pub(crate) trait Image: Any {
         Box::pin(async { Err(IoError::Unsupported("compressed clusters")) })
     }
 
+    /// The file in which data lies as it is where [`Extent::host`] says, for whoever reads it past this image.
+    fn plain_data(&self) -> Option<&File> {
+        None
+    }
+
+    /// Whether [`Self::place`] can be used.
+    fn places(&self) -> bool {
+        false
+    }
+
+    /// Takes storage in a row in [`Self::plain_data`], whole units and at most `length` bytes: host offset and bytes.
+    fn place(&self, length: u64) -> Answer<'_, (u64, u64)> {
+        let _ = length;
+        Box::pin(async { Err(IoError::Unsupported("storage to write to")) })
+    }
+
+    /// Makes storage that was taken and written to a part of the disk: disk offset, host offset, bytes (whole units).
+    fn map_placed(&self, runs: Vec<(u64, u64, u64)>) -> Answer<'_> {
+        drop(runs);
+        Box::pin(async { Err(IoError::Unsupported("storage to write to")) })
+    }
+
+    /// Gives storage back that was taken and not used.
+    fn unplace(&self, host: u64, length: u64) -> Answer<'_> {
+        let _ = (host, length);
+        Box::pin(async { Err(IoError::Unsupported("storage to write to")) })
+    }
+
     /// Writes everything back. The image is not used after that.
     fn close(&self) -> Answer<'_> {
         self.flush()

@@ -51,7 +51,7 @@ mod writeback;
 
 use check::check_image;
 use create::write_new;
-pub(crate) use driver::{DRIVER, preallocate_from};
+pub(crate) use driver::{DRIVER, measure, preallocate_from};
 use header::Header;
 use image::Qcow2;
 pub(crate) use operations::{bitmap_bits, check_file, disk_size, edit, repair, set_backing};

@@ -109,6 +109,10 @@ impl Image for Raw {
         Box::pin(self.file.write_zeroes(offset, length, unmap && self.discard))
     }
 
+    fn plain_data(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
         Box::pin(async move { Ok(self.file.status(offset, length)) })
     }

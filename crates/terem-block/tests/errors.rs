@@ -35,6 +35,7 @@ fn patch(image: &Path, at: usize, bytes: &[u8]) {
 const QCOW2: OpenOptions = OpenOptions {
     format: Some(Format::Qcow2),
     read_only: false,
+    snapshot: None,
     cache: terem_block::Cache::Writeback,
     discard: true,
     backing: BackingPolicy::SameDirectory,

@@ -308,3 +308,122 @@ fn damage_is_repaired() {
     model.assert_qemu_reads(&scratch, &image);
     assert_eq!(Disk::open(&image, &OpenOptions::read_only()).expect("opened").size(), SIZE);
 }
+
+/// An overlay with data of its own over another one over a raw image, and what the disk holds.
+fn chain(scratch: &Scratch) -> (std::path::PathBuf, std::path::PathBuf, Model) {
+    let mut random = Random(77);
+    scratch.write("base.raw", &random.bytes(2 << 20));
+    let (mid, top) = (scratch.path("mid.qcow2"), scratch.path("top.qcow2"));
+    for (image, below, format, size) in [(&mid, "base.raw", "raw", "2M"), (&top, "mid.qcow2", "qcow2", "3M")]
+    {
+        let _ = std::fs::remove_file(image);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", below, "-F", format, str(image), size]);
+    }
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 100k", "-c", "write -z 100k 64k", str(&mid)]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 8 1060k 200k", "-c", "write -z 1300k 64k", str(&top)]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 8 2500k 20k", str(&top)]);
+    let raw = scratch.path("expected.raw");
+    run("qemu-img", &["convert", "-O", "raw", str(&top), str(&raw)]);
+    let model = Model(std::fs::read(&raw).expect("read"));
+    (mid, top, model)
+}
+
+#[test]
+fn overlays_are_committed() {
+    let scratch = Scratch::new();
+    let options = OpenOptions::default();
+    let (mid, top, model) = chain(&scratch);
+    terem_block::commit(&top, &options, None, true, &mut |_, _| true).expect("committed");
+    model.assert_qemu_reads(&scratch, &mid);
+    model.assert_qemu_reads(&scratch, &top);
+    assert_clean(&mid);
+    assert_clean(&top);
+    assert_eq!(terem_block::check(&top, None).expect("checked").allocated_clusters, 0);
+    // Past the one between.
+    let (_, top, model) = chain(&scratch);
+    let base = scratch.path("base.raw");
+    terem_block::commit(&top, &options, Some(&base), true, &mut |_, _| true).expect("committed");
+    assert!(std::fs::read(&base).expect("read") == model.0);
+    model.assert_qemu_reads(&scratch, &top);
+    let stranger =
+        terem_block::commit(&top, &options, Some(&scratch.path("top.qcow2")), true, &mut |_, _| true);
+    assert!(matches!(stranger, Err(OpenError::Limit { .. })), "{stranger:?}");
+}
+
+#[test]
+fn overlays_are_rebased() {
+    let scratch = Scratch::new();
+    let options = OpenOptions::default();
+    let other = scratch.write("other.raw", &vec![3; 1 << 20]);
+    for backing in [
+        Some(BackingFile { path: "base.raw".into(), format: Format::Raw }),
+        Some(BackingFile { path: other, format: Format::Raw }),
+        None,
+    ] {
+        let (_, top, model) = chain(&scratch);
+        let how = terem_block::Rebase::Safe;
+        terem_block::rebase(&top, &options, backing.as_ref(), how, &mut |_, _| true).expect("rebased");
+        assert_clean(&top);
+        model.assert_qemu_reads(&scratch, &top);
+        assert_eq!(
+            info(&top, None).expect("info").qcow2.expect("qcow2").backing_format.as_deref(),
+            backing.as_ref().map(|_| "raw")
+        );
+    }
+}
+
+#[test]
+fn disks_are_compared() {
+    use terem_block::{Comparison, Difference, compare};
+    let scratch = Scratch::new();
+    let options = OpenOptions::default();
+    let (mid, top, model) = chain(&scratch);
+    let mut raw = model.0.clone();
+    raw.resize(raw.len() + 8192, 0);
+    let same = scratch.write("same.raw", &raw);
+    let compare = |a: &Path, b: &Path, strict| {
+        compare(a, &options, b, &options, strict, &mut |_, _| true).expect("compared")
+    };
+    assert_eq!(compare(&top, &same, false), Comparison::Equal { same_size: false });
+    assert!(matches!(compare(&top, &same, true), Comparison::Differ { what: Difference::Size, .. }));
+    raw[(1 << 20) + 77] ^= 1;
+    let changed = scratch.write("changed.raw", &raw);
+    let offset = (1 << 20) + 77;
+    assert_eq!(compare(&changed, &top, false), Comparison::Differ { offset, what: Difference::Contents });
+    assert_eq!(compare(&same, &changed, false), Comparison::Differ { offset, what: Difference::Contents });
+    assert!(matches!(compare(&mid, &top, false), Comparison::Differ { what: Difference::Contents, .. }));
+}
+
+#[test]
+fn measures_are_qemus() {
+    use terem_block::{CreateOptions, Qcow2Options, measure, measure_size};
+    let scratch = Scratch::new();
+    let (_, top, _) = chain(&scratch);
+    for (shape, qcow2) in [
+        ("cluster_size=64k", Qcow2Options::default()),
+        (
+            "cluster_size=4k,refcount_bits=64",
+            Qcow2Options { cluster_size: 4096, refcount_bits: 64, ..Default::default() },
+        ),
+        ("extended_l2=on", Qcow2Options { extended_l2: true, ..Default::default() }),
+    ] {
+        let target = CreateOptions { qcow2, ..CreateOptions::default() };
+        let theirs = |args: &[&str]| {
+            let json =
+                run("qemu-img", &[&["measure", "--output=json", "-O", "qcow2", "-o", shape], args].concat());
+            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            (value["required"].as_u64(), value["fully-allocated"].as_u64())
+        };
+        for size in [0, 512, 1 << 30, 100 << 30, 1 << 40] {
+            let ours = measure_size(size, &target).expect("measured");
+            let size = size.to_string();
+            assert_eq!(
+                (Some(ours.required), Some(ours.fully_allocated)),
+                theirs(&["--size", &size]),
+                "{size} {shape}"
+            );
+        }
+        let ours = measure(&top, &OpenOptions::default(), &target).expect("measured");
+        assert_eq!((Some(ours.required), Some(ours.fully_allocated)), theirs(&[str(&top)]), "{shape}");
+    }
+}

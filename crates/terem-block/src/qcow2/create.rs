@@ -118,3 +118,23 @@ impl Qcow2 {
         .await
     }
 }
+
+/// Bytes of all tables of an image with every cluster of its disk in use.
+pub(crate) fn metadata_size(header: &Header) -> u64 {
+    let (cluster, format) = (header.cluster_size(), header.l2_format());
+    let entries = header.size.div_ceil(cluster).next_multiple_of(1 << format.table_bits());
+    let l2 = entries << if format.extended { 4 } else { 3 };
+    let l1 = (l2 / cluster * 8).next_multiple_of(cluster);
+    let tables = cluster + l2 + l1;
+    let clusters = (tables + header.size.next_multiple_of(cluster)) / cluster;
+    let per_block = RefcountFormat::new(header.refcount_order, header.cluster_bits).per_block();
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let needed = (clusters + blocks + table).div_ceil(per_block);
+        let table_needed = (needed * 8).div_ceil(cluster);
+        if (needed, table_needed) == (blocks, table) {
+            return tables + (blocks + table) * cluster;
+        }
+        (blocks, table) = (needed, table_needed);
+    }
+}

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
 use super::compressed::compress;
+use super::create::metadata_size;
 use super::header::{BITMAPS, COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
 use super::tracking::Tracking;
 use super::{Header, Qcow2, Tables, check_image, write_new};
@@ -125,6 +126,35 @@ impl Image for Qcow2 {
         Box::pin(self.status(offset, length))
     }
 
+    fn plain_data(&self) -> Option<&File> {
+        Some(self.data())
+    }
+
+    fn places(&self) -> bool {
+        !self.l2_format.external
+    }
+
+    fn place(&self, length: u64) -> Answer<'_, (u64, u64)> {
+        Box::pin(async move {
+            self.begin_write().await?;
+            let (first, count) = self.allocate((length >> self.bits()).max(1)).await?;
+            Ok((first << self.bits(), count << self.bits()))
+        })
+    }
+
+    fn map_placed(&self, runs: Vec<(u64, u64, u64)>) -> Answer<'_> {
+        Box::pin(async move {
+            for (offset, host, length) in runs {
+                self.map_clusters(offset, host, length).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn unplace(&self, host: u64, length: u64) -> Answer<'_> {
+        Box::pin(self.give_back(host >> self.bits(), length >> self.bits()))
+    }
+
     fn compression(&self) -> Option<Packer> {
         let compress: fn(&[u8]) -> Option<Vec<u8>> = match self.header.compression {
             Compression::Zlib => |data| compress(Compression::Zlib, data),
@@ -164,6 +194,13 @@ fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
         file.set_len(len).map_err(fail)?;
     }
     Ok(())
+}
+
+/// Bytes of the file of a new image with so many bytes of clusters with data, beside those.
+pub(crate) fn measure(size: u64, options: &CreateOptions) -> Result<u64, OpenError> {
+    let header = new_header(size, options);
+    let header = header.map_err(|what| OpenError::Limit { path: "a new image".into(), what })?;
+    Ok(metadata_size(&header))
 }
 
 /// The header that the options ask for.

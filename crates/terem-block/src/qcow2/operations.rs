@@ -82,6 +82,11 @@ impl Edit<'_> {
         Ok(())
     }
 
+    /// Lets everything show through from the backing file.
+    pub(crate) fn empty(&mut self) {
+        self.l1.fill(0);
+    }
+
     /// Changes the disk's size. What is cut off is lost; what is added is zero as far as no backing file shows through.
     pub(crate) fn resize(&mut self, size: u64) -> Result<(), OpenError> {
         if self.header.version < 3 && !self.snapshots.is_empty() {

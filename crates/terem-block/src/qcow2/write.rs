@@ -161,6 +161,26 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Lets host clusters from `host` on, which are taken and written, be the clusters at `offset`.
+    pub(super) async fn map_clusters(&self, offset: u64, host: u64, length: u64) -> Result<(), IoError> {
+        self.mark_dirty(offset, length);
+        self.file.written_by_others(host + length);
+        let clusters = self.clusters(offset, length);
+        let _mapped = self.mapping_locks.exclusive(clusters.clone()).await;
+        let format = self.l2_format;
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let next = self.table_end(at).min(clusters.end);
+            let first = host + ((at - clusters.start) << self.bits());
+            let entries = (0..next - at)
+                .map(|i| Some(format.data(first + (i << self.bits()), format.all_units(), 0)))
+                .collect::<Vec<_>>();
+            self.commit(at, &entries).await?;
+            at = next;
+        }
+        self.limit_dropped().await
+    }
+
     /// Takes host clusters for up to `want` guest clusters from `first` on.
     pub(super) async fn allocate_data(&self, first: u64, want: u64) -> Result<(u64, u64), IoError> {
         // In an external file every cluster has the place that it has on the disk.

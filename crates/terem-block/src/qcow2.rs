@@ -50,6 +50,7 @@ mod write;
 mod writeback;
 
 use check::check_image;
+pub(crate) use check::file_map;
 use create::write_new;
 pub(crate) use driver::{DRIVER, measure, preallocate_from};
 use header::Header;

@@ -1,10 +1,9 @@
 //! The command line.
 
+use crate::disk::arguments::DiskCommand;
 use crate::exit;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
-use terem_block::Format;
-use terem_config::ByteSize;
 
 /// Virtual machines with or without hardware virtualisation.
 #[derive(Debug, Parser)]
@@ -182,85 +181,6 @@ pub enum Switch {
     On,
     /// Off.
     Off,
-}
-
-/// Disk images.
-#[derive(Debug, Subcommand)]
-pub enum DiskCommand {
-    /// Make an image.
-    Create {
-        /// Its format.
-        #[arg(long, default_value = "qcow2", value_parser = image_format)]
-        format: Format,
-        /// Backing file, from which everything shows through that is not written.
-        #[arg(long, value_name = "IMAGE", requires = "backing_format")]
-        backing: Option<PathBuf>,
-        /// Format of the backing file.
-        #[arg(long, value_name = "FORMAT", requires = "backing", value_parser = image_format)]
-        backing_format: Option<Format>,
-        /// Size of a qcow2 cluster.
-        #[arg(long, value_name = "SIZE", default_value = "64K")]
-        cluster_size: ByteSize,
-        /// Replace a file that is there.
-        #[arg(long)]
-        overwrite: bool,
-        /// The image.
-        path: PathBuf,
-        /// Size of the disk, such as 20G. Not given: the backing file's.
-        size: Option<ByteSize>,
-    },
-    /// Show what an image is.
-    Info {
-        /// Its format. Not given: read from the image.
-        #[arg(long, value_parser = image_format)]
-        format: Option<Format>,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image.
-        path: PathBuf,
-    },
-    /// Check an image without changing it.
-    Check {
-        /// Its format. Not given: read from the image.
-        #[arg(long, value_parser = image_format)]
-        format: Option<Format>,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image.
-        path: PathBuf,
-    },
-    /// Copy an image into another format. Zeroes take no space.
-    Convert {
-        /// Format of the source. Not given: read from the image.
-        #[arg(long, value_name = "FORMAT", value_parser = image_format)]
-        from: Option<Format>,
-        /// Format of the target.
-        #[arg(long, value_name = "FORMAT", default_value = "qcow2", value_parser = image_format)]
-        to: Format,
-        /// Size of a qcow2 cluster.
-        #[arg(long, value_name = "SIZE", default_value = "64K")]
-        cluster_size: ByteSize,
-        /// Replace a file that is there.
-        #[arg(long)]
-        overwrite: bool,
-        /// Print what was made as JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image to copy.
-        source: PathBuf,
-        /// The image to make.
-        target: PathBuf,
-    },
-}
-
-/// A format by one of its names.
-fn image_format(name: &str) -> Result<Format, String> {
-    Format::from_name(name).ok_or_else(|| {
-        let names: Vec<_> = Format::all().map(Format::name).collect();
-        format!("one of {}", names.join(", "))
-    })
 }
 
 fn exit_codes() -> String {

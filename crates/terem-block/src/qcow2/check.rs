@@ -7,9 +7,9 @@ use super::entry::{COPIED, Cluster, Mapping, OFFSET};
 use super::header::BITMAPS;
 use super::refcount::RefcountFormat;
 use super::tables::{Tables, read_table};
-use crate::OpenError;
 use crate::chain::ImageFile;
 use crate::check::CheckReport;
+use crate::{FileRun, FileUse, OpenError};
 
 /// Most clusters of a file that is checked; bounds memory to 1 GiB.
 const MAX_CLUSTERS: u64 = 1 << 27;
@@ -226,4 +226,72 @@ fn check_copied(
         }
     }
     Ok(())
+}
+
+/// What lies where in an image's file.
+pub(crate) fn file_map(image: &ImageFile) -> Result<Vec<FileRun>, OpenError> {
+    let tables = Tables::read(image, super::header::Header::read(image)?)?;
+    let cluster = tables.header.cluster_size();
+    let mut references = References::count(image, &tables, 0)?;
+    references.count_refcount_structures(image, &tables);
+    let stored = stored_counts(image, &tables, references.counts.len())?;
+    // Whatever is counted and none of what follows belongs to snapshots or bitmaps.
+    let mut uses: Vec<Option<FileUse>> = references
+        .counts
+        .iter()
+        .zip(&stored)
+        .map(|(&counted, &stored)| match (counted, stored) {
+            (0, 0) => None,
+            (0, _) => Some(FileUse::Leaked),
+            _ => Some(FileUse::Snapshot),
+        })
+        .collect();
+    let mut mark = |offset: u64, bytes: u64, what: FileUse| {
+        if bytes == 0 {
+            return;
+        }
+        for number in offset / cluster..=offset.saturating_add(bytes - 1) / cluster {
+            match usize::try_from(number).ok().and_then(|number| uses.get_mut(number)) {
+                Some(place) => *place = Some(what),
+                None => break,
+            }
+        }
+    };
+    mark(0, cluster, FileUse::Table);
+    mark(tables.header.l1_offset, tables.l1.len() as u64 * 8, FileUse::Table);
+    mark(tables.header.snapshots_offset, tables.snapshot_bytes, FileUse::Table);
+    mark(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, FileUse::Refcounts);
+    for block in tables.reftable.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+        mark(block, cluster, FileUse::Refcounts);
+    }
+    let format = tables.header.l2_format();
+    let mut seen = HashSet::new();
+    for offset in tables.l1.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+        if !offset.is_multiple_of(cluster) || offset + cluster > image.len() || !seen.insert(offset) {
+            continue;
+        }
+        mark(offset, cluster, FileUse::Table);
+        for entry in format.entries(&image.read(offset, cluster, "an L2 table")?) {
+            let Ok(found) = format.decode(entry) else { continue };
+            let (first, count) = found.host_clusters(tables.header.cluster_bits);
+            if format.external && found.host().is_some() {
+                continue;
+            }
+            let compressed = matches!(found.mapping, Mapping::Compressed { .. });
+            mark(
+                first * cluster,
+                count * cluster,
+                if compressed { FileUse::Compressed } else { FileUse::Data },
+            );
+        }
+    }
+    let mut runs: Vec<FileRun> = Vec::new();
+    for (number, what) in uses.iter().enumerate() {
+        let (offset, Some(what)) = (number as u64 * cluster, *what) else { continue };
+        match runs.last_mut() {
+            Some(run) if run.what == what && run.offset + run.length == offset => run.length += cluster,
+            _ => runs.push(FileRun { offset, length: cluster, what }),
+        }
+    }
+    Ok(runs)
 }

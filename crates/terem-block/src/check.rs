@@ -22,6 +22,8 @@ pub struct CheckReport {
     pub allocated_clusters: u64,
     /// Those of them that are compressed.
     pub compressed_clusters: u64,
+    /// Those that do not lie right after the one before them on the disk.
+    pub fragmented_clusters: u64,
     /// Clusters of the disk.
     pub total_clusters: u64,
     /// End of the last used cluster, in bytes.
@@ -50,7 +52,19 @@ impl CheckReport {
 /// # Errors
 /// [`OpenError`] when it cannot be opened or read, or is being written by another process.
 pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
-    let image = ImageFile::open(path.as_ref(), false, true, &mut Vec::new())?;
+    check_with(path.as_ref(), format, true)
+}
+
+/// As [`check`], for an image that may be in use: what it finds may be what was just being changed.
+///
+/// # Errors
+/// [`OpenError`] when it cannot be opened or read.
+pub fn check_unlocked(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
+    check_with(path.as_ref(), format, false)
+}
+
+fn check_with(path: &Path, format: Option<Format>, lock: bool) -> Result<CheckReport, OpenError> {
+    let image = ImageFile::open(path, false, lock, &mut Vec::new())?;
     match image.format(format)?.driver().check {
         None => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
         Some(check) => check(&image),

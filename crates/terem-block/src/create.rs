@@ -113,6 +113,8 @@ pub struct CreateOptions {
     pub size: Option<u64>,
     /// qcow2: where everything that is not written shows through from.
     pub backing: Option<BackingFile>,
+    /// Take the backing file as told, without looking whether it can be opened.
+    pub backing_unchecked: bool,
     /// How much gets its place now.
     pub preallocation: Preallocation,
     /// Whether a file that is there already may be replaced.
@@ -127,6 +129,7 @@ impl Default for CreateOptions {
             format: Format::Qcow2,
             size: None,
             backing: None,
+            backing_unchecked: false,
             preallocation: Preallocation::Off,
             overwrite: false,
             qcow2: Qcow2Options::default(),
@@ -157,6 +160,7 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
         return Err(limit("preallocated clusters would hide the backing file".into()));
     }
     let backing_size = match &options.backing {
+        Some(_) if options.backing_unchecked => None,
         Some(backing) => Some(backing_size(path, backing)?),
         None => None,
     };

@@ -86,6 +86,13 @@ pub struct SnapshotInfo {
     pub name: String,
     /// When it was taken, in seconds since 1970.
     pub date: u32,
+    /// And nanoseconds.
+    pub date_nsec: u32,
+    /// How long the machine had run, in nanoseconds.
+    pub vm_clock: u64,
+    /// How many instructions it had carried out, if they were counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
     /// Bytes of saved machine state.
     pub vm_state_size: u64,
     /// Bytes of the disk at that time.

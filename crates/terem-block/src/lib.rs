@@ -44,7 +44,7 @@ mod raw;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
-pub use check::{CheckReport, check};
+pub use check::{CheckReport, check, check_unlocked};
 pub use commit::{Rebase, commit, rebase};
 pub use compare::{Comparison, Difference, compare};
 pub use convert::{ConvertOptions, Progress, convert, export, import};
@@ -56,7 +56,9 @@ pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
 pub use lock::Holder;
-pub use maintain::{BitmapAction, Repair, SnapshotAction, bitmap, repair, resize, set_backing, snapshot};
+pub use maintain::{
+    Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
+};
 pub use measure::{Measure, measure, measure_size};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};

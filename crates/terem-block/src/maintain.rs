@@ -51,6 +51,32 @@ pub enum BitmapAction<'a> {
     },
 }
 
+/// What [`amend`] is to change; `None` leaves it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Amend {
+    /// Version of the format, 2 or 3.
+    pub version: Option<u32>,
+    /// Bits of a reference count.
+    pub refcount_bits: Option<u32>,
+    /// Whether reference counts may be behind while the image is open.
+    pub lazy_refcounts: Option<bool>,
+    /// Bytes of the disk.
+    pub size: Option<u64>,
+}
+
+/// Changes how the qcow2 image at `path` is made up.
+///
+/// # Errors
+/// [`OpenError`] when the image is in use or damaged, or has something that the new form cannot hold.
+pub fn amend(path: impl AsRef<Path>, format: Option<Format>, changes: &Amend) -> Result<(), OpenError> {
+    let path = path.as_ref();
+    let (mut image, format) = open(path, format)?;
+    match format {
+        Format::Qcow2 => qcow2::edit(&mut image, |edit| edit.amend(changes)),
+        _ => Err(unsupported(path, format, "amending")),
+    }
+}
+
 /// What a repair may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repair {

@@ -73,6 +73,13 @@ pub enum Command {
     /// Disk images.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Disk images, with qemu-img's own commands and options.
+    #[command(name = "qemu-img", disable_help_flag = true)]
+    QemuImg {
+        /// As for qemu-img.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Show what this host can give to machines.
     Host {
         /// As JSON.

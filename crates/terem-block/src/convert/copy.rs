@@ -115,7 +115,7 @@ pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), 
             cancelled |= !on;
             on
         };
-        if let Err(e) = plan(copying, &shared, window, &mut tick) {
+        if let Err(e) = plan(copying, &shared, &target, window, &mut tick) {
             shared.fail(e);
         }
         shared.end();
@@ -147,12 +147,12 @@ pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), 
 fn plan(
     copying: &Copying<'_>,
     shared: &Shared,
+    target: &Target,
     window: u64,
     tick: &mut dyn FnMut() -> bool,
 ) -> Result<(), OpenError> {
     let size = copying.from.size();
-    // What is in an image that was there before has to become zero, too.
-    let needed = |extents: &[Extent]| copying.options.existing || extents.iter().any(|e| !e.is_zero());
+    let needed = |extents: &[Extent]| extents.iter().any(|e| !target.skips(e) && !target.leaves_out(e));
     let mut at = 0;
     while at < size {
         let length = LOOK_AHEAD.next_multiple_of(window).min(size - at);

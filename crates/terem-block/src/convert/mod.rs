@@ -39,6 +39,10 @@ pub struct ConvertOptions {
     pub sparse: u64,
     /// Write into the image that is there, which must be large enough, rather than make one.
     pub existing: bool,
+    /// With `existing`: that image is known to hold zeroes only.
+    pub target_is_zero: bool,
+    /// The target's backing file holds what the source's does: only what the source has of its own is copied.
+    pub share_backing: bool,
     /// Make the target durable before it counts as done.
     pub durable: bool,
     /// Make the target under another name, and give it its own when it is complete.
@@ -47,7 +51,16 @@ pub struct ConvertOptions {
 
 impl Default for ConvertOptions {
     fn default() -> Self {
-        Self { threads: None, compress: false, sparse: 4096, existing: false, durable: true, replace: true }
+        Self {
+            threads: None,
+            compress: false,
+            sparse: 4096,
+            existing: false,
+            target_is_zero: false,
+            share_backing: false,
+            durable: true,
+            replace: true,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::copy::{Shared, Window, is_plain, wants_readers};
 use super::{Copying, is_zero, request};
 use crate::file::{PlainFile, to_usize};
 use crate::node::Packer;
-use crate::{BlockBackend, Disk, IoError, Op, OpenError, Request};
+use crate::{BlockBackend, Disk, Extent, ExtentKind, IoError, Op, OpenError, Request};
 
 /// Storage of the target that a worker takes at once.
 const POOL: u64 = 16 << 20;
@@ -25,6 +25,10 @@ pub(super) struct Target {
     /// Bytes between two places in its file.
     cluster: u64,
     how: How,
+    /// Whether zeroes must be written: what is there now may be something else.
+    zeroes: bool,
+    /// Whether it has the source's backing files too.
+    shares_backing: bool,
 }
 
 enum How {
@@ -70,9 +74,28 @@ impl Target {
             _ => How::Requests,
         };
         // Of a cluster that holds data, nothing is saved by leaving parts out.
-        let unit = cluster.max(options.sparse.next_power_of_two()).max(4096);
-        Ok(Self { unit, cluster, how })
+        let unit = cluster.max(options.sparse.next_power_of_two()).clamp(4096, 2 << 20);
+        let zeroes = options.existing && !options.target_is_zero || backed;
+        Ok(Self { unit, cluster, how, zeroes, shares_backing: backed && options.share_backing })
     }
+
+    /// Whether the target has this already, from its backing file.
+    pub(super) fn skips(&self, extent: &Extent) -> bool {
+        self.shares_backing && (extent.depth > 0 || extent.kind == ExtentKind::Unallocated)
+    }
+
+    /// Whether nothing needs to be written for it.
+    pub(super) fn leaves_out(&self, extent: &Extent) -> bool {
+        extent.is_zero() && !self.zeroes
+    }
+}
+
+/// What a part of a window is to the target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Skipped,
+    Zero,
+    Data,
 }
 
 /// One worker.
@@ -166,7 +189,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Where an extent's data lies as it is.
-    fn file_of(&self, extent: &crate::Extent) -> Option<(&'a PlainFile, u64)> {
+    fn file_of(&self, extent: &Extent) -> Option<(&'a PlainFile, u64)> {
         let file = self.files.get(extent.depth as usize)?.as_ref()?;
         if is_plain(extent) { extent.host.map(|host| (file, host)) } else { None }
     }
@@ -186,28 +209,34 @@ impl<'a> Worker<'a> {
     fn write(&mut self, window: &Window, buffer: &[u8]) -> Result<(), OpenError> {
         let unit = to_usize(self.target.unit);
         let sparse = self.copying.options.sparse > 0;
-        let zero_known = |start: u64, end: u64| {
-            window.extents.iter().filter(|e| e.offset < end && e.end() > start).all(crate::Extent::is_zero)
-        };
+        let target = self.target;
         let mut placed = Vec::new();
         let (mut at, length) = (0, to_usize(window.length));
         while at < length {
             let kind = |at: usize| {
-                let (start, end) =
-                    (window.offset + at as u64, window.offset + (at + unit).min(length) as u64);
-                zero_known(start, end) || sparse && is_zero(&buffer[at..at + unit])
+                let end = window.offset + (at + unit).min(length) as u64;
+                let start = window.offset + at as u64;
+                let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
+                if extents().all(|extent| target.skips(extent)) {
+                    Kind::Skipped
+                } else if extents().all(Extent::is_zero) || sparse && is_zero(&buffer[at..at + unit]) {
+                    Kind::Zero
+                } else {
+                    Kind::Data
+                }
             };
-            let zero = kind(at);
+            let first = kind(at);
             let mut end = at + unit;
-            while end < length && kind(end) == zero {
+            while end < length && kind(end) == first {
                 end += unit;
             }
             let end = end.min(buffer.len());
             let offset = window.offset + at as u64;
-            if zero {
-                self.write_zeroes(offset, (end.min(length) - at) as u64)?;
-            } else {
-                self.write_data(offset, &buffer[at..end], end.min(length) - at, &mut placed)?;
+            let there = end.min(length) - at;
+            match first {
+                Kind::Skipped => {}
+                Kind::Zero => self.write_zeroes(offset, there as u64),
+                Kind::Data => self.write_data(offset, &buffer[at..end], there, &mut placed)?,
             }
             at = end;
         }
@@ -222,13 +251,10 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Only in an image that was there before.
-    fn write_zeroes(&mut self, offset: u64, length: u64) -> Result<(), OpenError> {
-        if !self.copying.options.existing {
-            return Ok(());
+    fn write_zeroes(&mut self, offset: u64, length: u64) {
+        if self.target.zeroes {
+            self.submit(Op::WriteZeroes { offset, length, unmap: true });
         }
-        self.submit(Op::WriteZeroes { offset, length, unmap: true });
-        Ok(())
     }
 
     fn submit(&mut self, op: Op) {

@@ -16,6 +16,8 @@ const MAX_CLUSTERS: u64 = 1 << 27;
 /// References of each host cluster.
 pub(super) struct References {
     cluster_bits: u32,
+    /// Where the active disk's next cluster would go on.
+    next_host: u64,
     pub(super) counts: Vec<u32>,
     pub(super) report: CheckReport,
 }
@@ -32,7 +34,7 @@ pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckRep
         } else if stored > counted {
             report.leaks += 1;
         }
-        if counted > 0 {
+        if counted > 0 || stored > 0 {
             report.image_end = (cluster as u64 + 1) << tables.header.cluster_bits;
         }
     }
@@ -57,7 +59,7 @@ impl References {
             ..CheckReport::default()
         };
         let counts = vec![0; usize::try_from(clusters).unwrap_or(0)];
-        let mut this = Self { cluster_bits: header.cluster_bits, counts, report };
+        let mut this = Self { cluster_bits: header.cluster_bits, next_host: 0, counts, report };
         this.add(0, header.cluster_size(), "the header");
         this.count_tree(image, tables, header.l1_offset, &tables.l1, true)?;
         for snapshot in &tables.snapshots {
@@ -137,7 +139,14 @@ impl References {
                 self.add(host, 1 << bits, "a data cluster");
             }
         }
-        self.report.allocated_clusters += u64::from(active);
+        if active {
+            self.report.allocated_clusters += 1;
+            let host = found.host().map(|(host, _)| host);
+            // Compressed clusters never count as lying in a row.
+            let fragmented = host.is_none_or(|host| self.next_host != 0 && host != self.next_host);
+            self.report.fragmented_clusters += u64::from(fragmented);
+            self.next_host = host.map_or(self.next_host, |host| host + (1 << bits));
+        }
     }
 
     /// Counts the bitmaps (specification, "Bitmaps").

@@ -324,6 +324,9 @@ fn describe(tables: &Tables, bitmaps: &[Bitmap], info: &mut ImageInfo) {
                 id: s.id.clone(),
                 name: s.name.clone(),
                 date: s.date,
+                date_nsec: s.date_nsec,
+                vm_clock: s.vm_clock,
+                icount: s.more.first_chunk().map(|b| u64::from_be_bytes(*b)).filter(|&n| n != u64::MAX),
                 vm_state_size: s.vm_state_size,
                 virtual_size: s.disk_size,
             })

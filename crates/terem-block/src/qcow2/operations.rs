@@ -5,13 +5,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
 use super::check::check_image;
 use super::edit::{Edit, read_l1};
-use super::entry::{Entry, OFFSET};
-use super::header::{BITMAPS, Header};
+use super::entry::{Entry, Mapping, OFFSET};
+use super::header::{BITMAPS, DIRTY, Header, LAZY_REFCOUNTS};
 use super::snapshot::Snapshot;
 use super::tables::Tables;
 use crate::chain::ImageFile;
 use crate::file::to_usize;
-use crate::{BackingFile, CheckReport, OpenError};
+use crate::{Amend, BackingFile, CheckReport, OpenError};
 
 /// Most snapshots of an image.
 const MAX_SNAPSHOTS: usize = 65536;
@@ -50,8 +50,7 @@ impl Edit<'_> {
             vm_clock: 0,
             vm_state_size: 0,
             disk_size: self.header.size,
-            // No instructions were counted.
-            more: u64::MAX.to_be_bytes().to_vec(),
+            more: vec![0; 8],
         });
         Ok(())
     }
@@ -79,6 +78,87 @@ impl Edit<'_> {
     pub(crate) fn delete_snapshot(&mut self, wanted: &str) -> Result<(), OpenError> {
         let index = self.find_snapshot(wanted)?;
         self.snapshots.remove(index);
+        Ok(())
+    }
+
+    /// Changes what can be changed of the format.
+    pub(crate) fn amend(&mut self, changes: &Amend) -> Result<(), OpenError> {
+        if let Some(size) = changes.size {
+            self.resize(size)?;
+        }
+        if changes.version == Some(3) {
+            self.header.version = 3;
+        }
+        if let Some(bits) = changes.refcount_bits {
+            if !bits.is_power_of_two() || bits > 64 || self.header.version < 3 && bits != 16 {
+                return Err(self.limit(format!(
+                    "refcounts of {bits} bits; a power of two up to 64, and 16 in version 2"
+                )));
+            }
+            self.header.refcount_order = bits.trailing_zeros();
+        }
+        if let Some(lazy) = changes.lazy_refcounts {
+            if lazy && self.header.version < 3 {
+                return Err(self.limit("lazy refcounts take version 3"));
+            }
+            let others = self.header.compatible & !LAZY_REFCOUNTS;
+            self.header.compatible = if lazy { others | LAZY_REFCOUNTS } else { others };
+        }
+        if changes.version == Some(2) && self.header.version == 3 {
+            self.downgrade()?;
+        }
+        Ok(())
+    }
+
+    /// Back to version 2, if nothing needs version 3 but zero clusters that need not be there.
+    fn downgrade(&mut self) -> Result<(), OpenError> {
+        let needs = if self.header.refcount_order != 4 {
+            Some("refcounts of other than 16 bits")
+        } else if self.header.incompatible & !DIRTY != 0 {
+            Some("subclusters, a data file or its compression")
+        } else if !self.bitmaps.is_empty() {
+            Some("bitmaps")
+        } else if self.snapshots.iter().any(|s| s.disk_size != self.header.size) {
+            Some("snapshots of disks of other sizes")
+        } else {
+            None
+        };
+        if let Some(needs) = needs {
+            return Err(self.limit(format!("it has {needs}, which takes version 3")));
+        }
+        let format = self.header.l2_format();
+        let mut trees = vec![std::mem::take(&mut self.l1)];
+        for snapshot in &self.snapshots {
+            trees.push(read_l1(self.image(), snapshot.l1_offset, snapshot.l1_size)?);
+        }
+        for (number, mut l1) in trees.into_iter().enumerate() {
+            let mut changed = false;
+            for entry in &mut l1 {
+                let offset = *entry & OFFSET;
+                let table = if offset == 0 { Vec::new() } else { self.l2(offset)? };
+                let zero = |entry: &Entry| {
+                    matches!(format.decode(*entry).map(|c| c.mapping), Ok(Mapping::Zero { .. }))
+                };
+                if !table.iter().any(zero) {
+                    continue;
+                }
+                if self.header.backing.is_some() {
+                    return Err(self.limit("it has zero clusters over a backing file, which take version 3"));
+                }
+                let plain: Vec<_> =
+                    table.iter().map(|e| if zero(e) { Entry::default() } else { *e }).collect();
+                *entry = self.put_l2(&plain)?;
+                changed = true;
+            }
+            if number == 0 {
+                self.l1 = l1;
+            } else if changed {
+                let table: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+                self.snapshots[number - 1].l1_offset = self.put(&table)?;
+            }
+        }
+        self.header.compatible = 0;
+        self.header.version = 2;
         Ok(())
     }
 

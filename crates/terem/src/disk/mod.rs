@@ -10,8 +10,9 @@ use crate::exit::Exit;
 use crate::failure::{Failure, chain};
 use crate::{print, print_json};
 use arguments::{DiskCommand, Image, NewImage, RepairWhat};
-use describe::{describe, duration, human, map_json, map_text, summary};
-use progress::Progress;
+pub use describe::map_json;
+use describe::{describe, duration, human, map_text, summary};
+pub use progress::Progress;
 use std::path::Path;
 use terem_block::{
     BackingFile, BackingPolicy, BenchOptions, Cache, CheckReport, Comparison, ConvertOptions, CreateOptions,

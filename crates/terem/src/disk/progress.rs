@@ -2,6 +2,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -35,7 +36,28 @@ impl Progress {
             self.bar.set_length(total);
         }
         self.bar.set_position(done);
+        self.goes_on()
+    }
+
+    fn goes_on(&self) -> bool {
         !self.stop.load(Ordering::Relaxed)
+    }
+
+    /// The same as qemu-img shows it with `-p`: percents, on standard output.
+    pub fn tell_plainly(&self, show: bool, done: u64, total: u64) -> bool {
+        if show && total > 0 {
+            let hundredths = u128::from(done) * 10_000 / u128::from(total);
+            print!("    ({}.{:02}/100%)\r", hundredths / 100, hundredths % 100);
+            let _ = std::io::stdout().flush();
+        }
+        self.goes_on()
+    }
+
+    /// The end of that.
+    pub fn end_plainly(&self, show: bool) {
+        if show {
+            println!();
+        }
     }
 }
 

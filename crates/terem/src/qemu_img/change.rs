@@ -259,15 +259,13 @@ pub fn snapshot_name(text: &str) -> String {
 
 pub fn snapshot(arguments: &arguments::Snapshot) -> Outcome {
     let named = Named::new(&arguments.filename, &arguments.common)?;
-    let change = [
-        (&arguments.create, SnapshotAction::Create as fn(_) -> _, "create"),
-        (&arguments.apply, SnapshotAction::Apply as fn(_) -> _, "apply"),
-        (&arguments.delete, SnapshotAction::Delete as fn(_) -> _, "delete"),
+    let changes = [
+        arguments.create.as_deref().map(|name| (SnapshotAction::Create(name), name, "create")),
+        arguments.apply.as_deref().map(|name| (SnapshotAction::Apply(name), name, "apply")),
+        arguments.delete.as_deref().map(|name| (SnapshotAction::Delete(name), name, "delete")),
     ];
-    for (name, action, verb) in change {
-        let Some(name) = name else { continue };
-        let done = terem_block::snapshot(&named.path, named.options.format, action(name));
-        done.map_err(|error| match error {
+    if let Some((action, name, verb)) = changes.into_iter().flatten().next() {
+        terem_block::snapshot(&named.path, named.options.format, action).map_err(|error| match error {
             OpenError::NoSuch { .. } | OpenError::Limit { .. } => {
                 Failed::new(format!("Could not {verb} snapshot '{name}': {error}"))
             }

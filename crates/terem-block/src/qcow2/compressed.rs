@@ -1,6 +1,7 @@
 //! Compressed clusters (specification, "Compressed Clusters Descriptor"): reading them, and packing them one after the
 //! other into host clusters, which several of them share.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::Read;
 use std::rc::Rc;
@@ -18,6 +19,14 @@ use crate::{Compression, IoError};
 const KEPT: usize = 2;
 /// log2 of deflate's window: QEMU decompresses with no larger one.
 const WINDOW_BITS: u8 = 12;
+
+thread_local! {
+    // Making one takes longer than compressing a small cluster.
+    static DEFLATE: RefCell<Compress> =
+        RefCell::new(Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS));
+    static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> =
+        RefCell::new(zstd::bulk::Compressor::new(0).ok());
+}
 
 /// The clusters that were decompressed last, by their place in the file.
 #[derive(Debug, Default)]
@@ -147,15 +156,16 @@ impl Qcow2 {
 pub(crate) fn compress(method: Compression, data: &[u8]) -> Option<Vec<u8>> {
     let mut bytes = vec![0; data.len().checked_sub(1)?];
     let length = match method {
-        Compression::Zlib => {
-            let level = flate2::Compression::default();
-            let mut stream = Compress::new_with_window_bits(level, false, WINDOW_BITS);
+        Compression::Zlib => DEFLATE.with_borrow_mut(|stream| {
+            stream.reset();
             match stream.compress(data, &mut bytes, FlushCompress::Finish) {
-                Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok()?,
-                _ => return None,
+                Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                _ => None,
             }
-        }
-        Compression::Zstd => zstd::bulk::compress_to_buffer(data, &mut bytes, 0).ok()?,
+        })?,
+        Compression::Zstd => ZSTD.with_borrow_mut(|stream| {
+            stream.as_mut().and_then(|stream| stream.compress_to_buffer(data, &mut bytes).ok())
+        })?,
     };
     bytes.truncate(length);
     Some(bytes)

@@ -1,9 +1,11 @@
 //! The commands that make or change an image: create, amend, bitmap, commit, rebase, resize, snapshot.
 
+use super::show::beside;
 use super::text::{format_name, human, options, size};
 use super::{Failed, Named, Outcome, arguments, format_of, maybe_format, out};
 use crate::disk::Progress;
 use std::fmt::Write;
+use std::path::Path;
 use terem_block::{
     Amend, BackingFile, BitmapAction, CreateOptions, Format, OpenError, Preallocation, SnapshotAction,
     SnapshotInfo,
@@ -55,9 +57,14 @@ pub fn create(arguments: &arguments::Create) -> Outcome {
         target.size = Some(size(bytes)?);
     }
     if let Some(backing) = backing {
-        let format = backing_format
-            .as_deref()
-            .ok_or_else(|| Failed::new(format!("{path}: Backing file specified without backing format")))?;
+        let format = backing_format.as_deref().ok_or_else(|| {
+            let seen = terem_block::info(beside(Path::new(path), &backing.to_string_lossy()), None);
+            let seen = seen.map_or_else(
+                |_| String::new(),
+                |info| format!("\nDetected format of {}.", format_name(info.format)),
+            );
+            Failed::new(format!("{path}: Backing file specified without backing format{seen}"))
+        })?;
         target.backing = Some(BackingFile { path: backing, format: format_of(format)? });
         target.backing_unchecked = arguments.backing_unsafe;
     } else if backing_format.is_some() {
@@ -76,7 +83,7 @@ pub fn create(arguments: &arguments::Create) -> Outcome {
 /// The line that says what was made.
 fn formatted(path: &str, target: &CreateOptions) -> String {
     let made = terem_block::info(path, Some(target.format)).map_or(0, |info| info.virtual_size);
-    let mut text = format!("Formatted '{path}', fmt={}", format_name(target.format));
+    let mut text = format!("Formatting '{path}', fmt={}", format_name(target.format));
     let on = |set| if set { "on" } else { "off" };
     let qcow2 = &target.qcow2;
     if target.format == Format::Qcow2 {
@@ -99,7 +106,8 @@ fn formatted(path: &str, target: &CreateOptions) -> String {
     }
     if target.format == Format::Qcow2 {
         let (lazy, bits) = (on(qcow2.lazy_refcounts), qcow2.refcount_bits);
-        let _ = write!(text, " lazy_refcounts={lazy} refcount_bits={bits}");
+        let compat = if qcow2.version < 3 { " compat=v2" } else { "" };
+        let _ = write!(text, "{compat} lazy_refcounts={lazy} refcount_bits={bits}");
     }
     text + "\n"
 }
@@ -191,9 +199,30 @@ pub fn bitmap(arguments: &arguments::Bitmap) -> Outcome {
     if source.is_some() && arguments.merge.is_empty() {
         return Err(Failed::new("Merge bitmap source file only supported with --merge"));
     }
-    terem_block::bitmap(&named.path, named.options.format, &arguments.bitmap, &actions)
-        .map_err(|error| Failed::new(format!("Operation on bitmap {} failed: {error}", arguments.bitmap)))?;
+    terem_block::bitmap(&named.path, named.options.format, &arguments.bitmap, &actions).map_err(|error| {
+        match error {
+            OpenError::NoSuch { name, .. } => {
+                let verb = bitmap_verb(&actions);
+                let bitmap = &arguments.bitmap;
+                Failed::new(format!(
+                    "Operation {verb} on bitmap {bitmap} failed: Dirty bitmap '{name}' not found"
+                ))
+            }
+            error => Failed::new(format!("Operation on bitmap {} failed: {error}", arguments.bitmap)),
+        }
+    })?;
     Ok(0)
+}
+
+fn bitmap_verb(actions: &[BitmapAction<'_>]) -> &'static str {
+    match actions.first() {
+        Some(BitmapAction::Add { .. }) | None => "add",
+        Some(BitmapAction::Remove) => "remove",
+        Some(BitmapAction::Clear) => "clear",
+        Some(BitmapAction::Enable) => "enable",
+        Some(BitmapAction::Disable) => "disable",
+        Some(BitmapAction::Merge { .. }) => "merge",
+    }
 }
 
 pub fn commit(arguments: &arguments::Commit) -> Outcome {
@@ -241,7 +270,19 @@ pub fn resize(arguments: &arguments::Resize) -> Outcome {
     };
     let new = new.filter(|&new| new > 0).ok_or_else(|| Failed::new("New image size must be positive"))?;
     if new < now.virtual_size && !arguments.shrink {
-        return Err(Failed::new("Use the --shrink option to perform a shrink operation."));
+        return Err(Failed::new(
+            "Use the --shrink option to perform a shrink operation.\nqemu-img: warning: Shrinking an image will delete \
+             all data beyond the shrunken image's end. Before performing such an operation, make sure there is no \
+             important data there.",
+        ));
+    }
+    if now.format == Format::Raw && named.options.format.is_none() {
+        eprintln!(
+            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         Automatically \
+             detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n         \
+             Specify the 'raw' format explicitly to remove the restrictions.",
+            named.path.display()
+        );
     }
     terem_block::resize(&named.path, Some(now.format), new, arguments.shrink, preallocation)
         .map_err(|error| named.failed(&error))?;
@@ -266,9 +307,10 @@ pub fn snapshot(arguments: &arguments::Snapshot) -> Outcome {
     ];
     if let Some((action, name, verb)) = changes.into_iter().flatten().next() {
         terem_block::snapshot(&named.path, named.options.format, action).map_err(|error| match error {
-            OpenError::NoSuch { .. } | OpenError::Limit { .. } => {
-                Failed::new(format!("Could not {verb} snapshot '{name}': {error}"))
+            OpenError::NoSuch { .. } => {
+                Failed::new(format!("Could not {verb} snapshot '{name}': snapshot not found"))
             }
+            OpenError::Limit { .. } => Failed::new(format!("Could not {verb} snapshot '{name}': {error}")),
             error => named.failed(&error),
         })?;
         return Ok(0);

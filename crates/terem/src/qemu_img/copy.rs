@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use terem_block::{
     AlignedBuffer, BackingFile, BenchOptions, BitmapAction, BlockBackend, Cache, Comparison, ConvertOptions,
-    CreateOptions, Difference, Disk, IoMemory, Op, OpenOptions,
+    CreateOptions, Difference, Disk, IoMemory, Op, OpenError, OpenOptions,
 };
 
 /// A cache mode by QEMU's name: the mode, and whether flushes matter.
@@ -68,7 +68,10 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
     let mut tell = |done, total| progress.tell_plainly(arguments.progress, done, total);
     let result = terem_block::convert(&source.path, &open, &target, &create, &how, &mut tell);
     progress.end_plainly(arguments.progress);
-    result.map_err(|error| Failed::new(crate::failure::chain(&error)))?;
+    result.map_err(|error| match error {
+        error @ OpenError::NotFound { .. } => source.failed(&error),
+        error => error.into(),
+    })?;
     if arguments.bitmaps {
         copy_bitmaps(&source, &target, &create, arguments.skip_broken_bitmaps)?;
     }
@@ -122,9 +125,13 @@ pub fn dd(arguments: &arguments::Dd) -> Outcome {
     }
     let source = Named::parse(input, arguments.format.as_ref(), arguments.image_opts, arguments.force_share)?;
     let from = Disk::open(&source.path, &source.read_only()).map_err(|error| source.failed(&error))?;
-    let start = skip.checked_mul(block).unwrap_or(u64::MAX).min(from.size());
-    let most = count.map_or(u64::MAX, |count| count.saturating_mul(block));
-    let length = (from.size() - start).min(most);
+    // As qemu-img: what is skipped counts, too.
+    let end = count.map_or(u64::MAX, |count| count.saturating_mul(block)).min(from.size());
+    let start = skip.saturating_mul(block);
+    if start > end {
+        eprintln!("qemu-img: {input}: cannot skip to specified offset");
+    }
+    let length = end.saturating_sub(start);
     let format = format_of(&arguments.output_format)?;
     let create = CreateOptions { overwrite: true, ..CreateOptions::new(format, length) };
     terem_block::create(output, &create)?;

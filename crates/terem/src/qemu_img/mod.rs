@@ -63,6 +63,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let parsed = match Arguments::try_parse_from(arguments) {
         Ok(parsed) => parsed,
         Err(error) => {
+            let named = error.get(clap::error::ContextKind::InvalidSubcommand);
+            if let Some(clap::error::ContextValue::String(name)) = named {
+                eprintln!("qemu-img: Command not found: {name}\nTry 'qemu-img --help' for more info");
+                return ExitCode::FAILURE;
+            }
             let _ = error.print();
             return ExitCode::from(u8::from(error.use_stderr()));
         }
@@ -171,6 +176,12 @@ impl Named {
 
     /// "Could not open …", as qemu-img says it.
     fn failed(&self, error: &OpenError) -> Failed {
+        if let OpenError::NotFound { path } = error {
+            let (image, path) = (self.path.display(), path.display());
+            return Failed::new(format!(
+                "Could not open '{image}': Could not open '{path}': No such file or directory"
+            ));
+        }
         Failed::new(format!("Could not open '{}': {}", self.path.display(), crate::failure::chain(error)))
     }
 }

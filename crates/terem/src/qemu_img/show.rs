@@ -14,17 +14,11 @@ use terem_block::{
 pub fn info(arguments: &arguments::Info) -> Outcome {
     let named = Named::new(&arguments.filename, &arguments.common)?;
     let as_json = is_json(&arguments.output)?;
-    let mut infos = Vec::new();
-    let (mut path, mut format) = (named.path.clone(), named.options.format);
-    loop {
-        let info = terem_block::info(&path, format).map_err(|error| named.failed(&error))?;
-        let below = backing(&info);
-        infos.push(info);
-        let Some((next, next_format)) = below.filter(|_| arguments.backing_chain && infos.len() < 200) else {
-            break;
-        };
-        (path, format) = (next, next_format);
-    }
+    let infos = if arguments.backing_chain {
+        chain(&named)?
+    } else {
+        vec![terem_block::info(&named.path, named.options.format).map_err(|error| named.failed(&error))?]
+    };
     // A chain that leads back to itself has been refused by nobody so far.
     if arguments.backing_chain && infos.len() > 1 {
         let open = OpenOptions { lock: false, ..named.read_only() };
@@ -39,6 +33,19 @@ pub fn info(arguments: &arguments::Info) -> Outcome {
     Ok(0)
 }
 
+/// An image and its backing files.
+fn chain(named: &Named) -> Result<Vec<ImageInfo>, Failed> {
+    let mut infos = Vec::new();
+    let (mut path, mut format) = (named.path.clone(), named.options.format);
+    loop {
+        let info = terem_block::info(&path, format).map_err(|error| named.failed(&error))?;
+        let below = backing(&info);
+        infos.push(info);
+        let Some((next, next_format)) = below.filter(|_| infos.len() <= 200) else { return Ok(infos) };
+        (path, format) = (next, next_format);
+    }
+}
+
 /// The backing file as its user would open it.
 fn backing(info: &ImageInfo) -> Option<(PathBuf, Option<Format>)> {
     let qcow2 = info.qcow2.as_ref()?;
@@ -48,7 +55,7 @@ fn backing(info: &ImageInfo) -> Option<(PathBuf, Option<Format>)> {
 }
 
 /// A name inside an image, from where the image's name is from.
-fn beside(image: &Path, name: &str) -> PathBuf {
+pub fn beside(image: &Path, name: &str) -> PathBuf {
     match image.parent() {
         Some(directory) if !directory.as_os_str().is_empty() => directory.join(name),
         _ => PathBuf::from(name),
@@ -163,7 +170,23 @@ fn describe_for_people(info: &ImageInfo) -> String {
         }
         text += "Format specific information:\n";
         if let Value::Object(facts) = qcow2_facts(qcow2) {
-            people(&mut text, &facts, 1);
+            // In the order in which qemu-img has them.
+            const ORDER: [&str; 9] = [
+                "compat",
+                "compression-type",
+                "lazy-refcounts",
+                "bitmaps",
+                "refcount-bits",
+                "corrupt",
+                "data-file",
+                "data-file-raw",
+                "extended-l2",
+            ];
+            for name in ORDER {
+                if let Some(value) = facts.get(name) {
+                    people(&mut text, &Map::from_iter([(name.to_owned(), value.clone())]), 1);
+                }
+            }
         }
     }
     let (length, taken) = file_sizes(&info.filename);
@@ -288,7 +311,8 @@ fn check_for_people(before: &CheckReport, report: &CheckReport) -> String {
     if report.total_clusters > 0 && report.allocated_clusters > 0 {
         // Hundredths of a percent.
         let part = |n: u64, of: u64| {
-            let part = u128::from(n) * 10_000 / u128::from(of.max(1));
+            let of = u128::from(of.max(1));
+            let part = (u128::from(n) * 10_000 + of / 2) / of;
             format!("{}.{:02}%", part / 100, part % 100)
         };
         let (all, used) = (report.total_clusters, report.allocated_clusters);
@@ -316,18 +340,17 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
         out(&map_json(&extents));
         return Ok(0);
     }
+    let names: Vec<PathBuf> = chain(&named)?.into_iter().map(|info| info.filename).collect();
     let mut text = format!("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
     for extent in extents {
         match (extent.kind, extent.host) {
             (ExtentKind::Data, Some(host)) => {
-                let file = match extent.depth.checked_sub(1) {
-                    None => Some(&named.path),
-                    Some(below) => disk.facts().backing.get(below as usize),
-                };
-                let file = file.map_or_else(String::new, |file| file.display().to_string());
+                let file = names.get(extent.depth as usize);
+                let file = file.map_or_else(String::new, |file: &PathBuf| file.display().to_string());
                 let _ = writeln!(text, "{:<#16x}{:<#16x}{host:<#16x}{file}", extent.offset, extent.length);
             }
             (ExtentKind::Data | ExtentKind::Compressed, _) => {
+                out(&text);
                 return Err(Failed::new("File contains external, encrypted or compressed clusters."));
             }
             _ => {}

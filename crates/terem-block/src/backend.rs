@@ -162,6 +162,9 @@ pub enum IoError {
     /// The format or the image cannot do it.
     #[error("{0} are not supported by this image")]
     Unsupported(&'static str),
+    /// Data of an encrypted image that was opened without its passphrase.
+    #[error("the image is encrypted, and was opened without its passphrase")]
+    Locked,
     /// The disk is closed.
     #[error("the disk is closed")]
     Closed,
@@ -177,6 +180,7 @@ impl IoError {
         match self {
             Self::OutOfRange { .. } | Self::TooLarge { .. } => libc::EINVAL,
             Self::ReadOnly => libc::EROFS,
+            Self::Locked => libc::EACCES,
             Self::Unsupported(_) => libc::ENOTSUP,
             Self::NoSpace => libc::ENOSPC,
             Self::Corrupt(_) | Self::FlushFailed | Self::Closed => libc::EIO,

@@ -8,7 +8,7 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions};
+use crate::{AioEngine, BackingPolicy, EncryptionOptions, Format, Keys, OpenError, OpenOptions};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,6 +78,8 @@ pub struct Qcow2Options {
     pub data_file: Option<String>,
     /// Keep the data file readable as a raw image.
     pub data_file_raw: bool,
+    /// Encrypt the data with LUKS, as [`CreateOptions::encryption`] says.
+    pub encrypted: bool,
 }
 
 impl Default for Qcow2Options {
@@ -91,6 +93,7 @@ impl Default for Qcow2Options {
             compression: Compression::Zlib,
             data_file: None,
             data_file_raw: false,
+            encrypted: false,
         }
     }
 }
@@ -121,6 +124,10 @@ pub struct CreateOptions {
     pub overwrite: bool,
     /// What only qcow2 has.
     pub qcow2: Qcow2Options,
+    /// How a LUKS or an encrypted qcow2 image is encrypted.
+    pub encryption: EncryptionOptions,
+    /// The passphrase of such an image.
+    pub keys: Keys,
 }
 
 impl Default for CreateOptions {
@@ -133,6 +140,8 @@ impl Default for CreateOptions {
             preallocation: Preallocation::Off,
             overwrite: false,
             qcow2: Qcow2Options::default(),
+            encryption: EncryptionOptions::default(),
+            keys: Keys::default(),
         }
     }
 }
@@ -191,6 +200,7 @@ fn backing_size(path: &Path, backing: &BackingFile) -> Result<u64, OpenError> {
     let options = OpenOptions {
         format: Some(backing.format),
         backing: BackingPolicy::Any,
+        keys: Keys::locked(),
         aio: AioEngine::Threads,
         ..OpenOptions::read_only()
     };

@@ -38,6 +38,8 @@ pub struct DiskFacts {
     pub backing: Vec<PathBuf>,
     /// What carries out the I/O ([`AioEngine::IoUring`] or [`AioEngine::Threads`]).
     pub aio: AioEngine,
+    /// Whether it reads as zeroes where nothing was written since it was made. Encrypted disks without tables do not.
+    pub zero_when_new: bool,
 }
 
 /// Something to be done with the image that is not an [`Op`]; started on the I/O thread.
@@ -327,7 +329,13 @@ fn io_thread(
             return Ok(());
         }
     };
-    let facts = DiskFacts { path, format: node.format(), backing: node.backing_paths(), aio: engine.kind() };
+    let facts = DiskFacts {
+        path,
+        format: node.format(),
+        backing: node.backing_paths(),
+        aio: engine.kind(),
+        zero_when_new: node.image().reads_as_zero_when_new(),
+    };
     let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
     let _closed = CloseAtEnd(shared);
     let executor = Executor::new(Rc::clone(&engine));

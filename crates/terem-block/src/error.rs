@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use terem_crypt::CryptError;
+
 use crate::IoError;
 use crate::lock::Holder;
 
@@ -162,6 +164,20 @@ pub enum OpenError {
         path: PathBuf,
         /// Why.
         source: Box<OpenError>,
+    },
+    /// The image is encrypted, and nobody gave a passphrase.
+    #[error("{}: is encrypted; give its passphrase", path.display())]
+    NeedsPassphrase {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Something about the encryption.
+    #[error("{}: {source}", path.display())]
+    Encryption {
+        /// The image.
+        path: PathBuf,
+        /// What it is; a wrong passphrase is [`CryptError::WrongPassphrase`].
+        source: CryptError,
     },
     /// The I/O engine that was asked for is not available.
     #[error("io_uring is not available here ({0}); use aio=threads or aio=auto")]

@@ -60,6 +60,11 @@ impl File {
         }
     }
 
+    /// What carries out its I/O.
+    pub(crate) fn engine(&self) -> &Rc<Engine> {
+        &self.engine
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -19,10 +19,12 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// Linux' encrypted format, versions 1 and 2.
+    Luks,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 2] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER];
+static DRIVERS: [&Driver; 3] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::luks::DRIVER];
 
 /// Finds what is wrong with an image.
 pub(crate) type Check = fn(&ImageFile) -> Result<CheckReport, OpenError>;
@@ -56,6 +58,7 @@ pub(crate) struct NewImage<'a> {
 }
 
 /// A setting of a new image that can be given as text, `name=value`.
+#[derive(Clone, Copy)]
 pub struct CreateOption {
     /// Its name, the same as QEMU's where it has it too.
     pub name: &'static str,

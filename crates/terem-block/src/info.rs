@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::{Format, OpenError};
+use crate::{EncryptionInfo, Format, OpenError};
 
 /// Facts about an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -20,6 +20,9 @@ pub struct ImageInfo {
     pub virtual_size: u64,
     /// Bytes that the image takes on the host.
     pub actual_size: u64,
+    /// How it is encrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<EncryptionInfo>,
     /// What only qcow2 images have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Info>,
@@ -114,6 +117,7 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
         format,
         virtual_size: 0,
         actual_size: meta.blocks() * 512,
+        encryption: None,
         qcow2: None,
     };
     (format.driver().describe)(&image, &mut info)?;

@@ -20,7 +20,9 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod crypt;
 mod disk;
+mod encryption;
 mod engine;
 mod error;
 mod executor;
@@ -31,7 +33,9 @@ mod format;
 mod info;
 #[cfg(test)]
 mod journal;
+mod keys;
 mod lock;
+mod luks;
 mod maintain;
 mod measure;
 mod node;
@@ -50,11 +54,13 @@ pub use compare::{Comparison, Difference, compare};
 pub use convert::{ConvertOptions, Progress, convert, export, import};
 pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
+pub use encryption::{EncryptionInfo, EncryptionOptions};
 pub use error::OpenError;
 pub use exercise::exercise_qcow2;
 pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
+pub use keys::{KeyOptions, Keys, add_key, change_key, remove_key};
 pub use lock::Holder;
 pub use maintain::{
     Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
@@ -62,4 +68,7 @@ pub use maintain::{
 pub use measure::{Measure, measure, measure_size};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};
+pub use terem_crypt::{
+    Algorithm, Cost, CryptError, Hash, IvGenerator, LuksInfo, MAX_PASSPHRASE, Mode, Passphrase, SlotInfo,
+};
 pub use terem_memory::{AlignedBuffer, IoMemory};

@@ -7,11 +7,11 @@ use std::path::Path;
 use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::create::reserve_storage;
 use crate::engine::Engine;
-use crate::qcow2;
 use crate::{
-    AioEngine, BackingFile, BackingPolicy, BlockBackend, CheckReport, Disk, Format, Op, OpenError,
+    AioEngine, BackingFile, BackingPolicy, BlockBackend, CheckReport, Disk, Format, Keys, Op, OpenError,
     OpenOptions, Preallocation, check, info,
 };
+use crate::{luks, qcow2};
 
 /// What to do with an internal snapshot. A name can also be an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,6 +180,7 @@ pub fn resize(
         .ok_or_else(|| limit(format!("{size} bytes are more than a disk can have")))?;
     let old = match format {
         Format::Qcow2 => qcow2::disk_size(&image)?,
+        Format::Luks => luks::disk_size(&image)?.1,
         _ => image.len(),
     };
     if size < old && !shrink {
@@ -191,6 +192,16 @@ pub fn resize(
         Format::Raw => {
             image.set_len(size)?;
             reserve_storage(image.plain(), old, size, preallocation)
+                .and_then(|()| image.plain().sync_all())
+                .map_err(|e| OpenError::io(path, "changing the file's length", e))
+        }
+        Format::Luks => {
+            // What is added reads as anything until it is written, as everything in it did at first.
+            let offset = luks::disk_size(&image)?.0;
+            let end = offset.checked_add(size).filter(|&end| i64::try_from(end).is_ok());
+            let end = end.ok_or_else(|| limit(format!("{size} bytes are more than a file can have")))?;
+            image.set_len(end)?;
+            reserve_storage(image.plain(), offset + old, end, preallocation)
                 .and_then(|()| image.plain().sync_all())
                 .map_err(|e| OpenError::io(path, "changing the file's length", e))
         }
@@ -217,7 +228,12 @@ pub fn resize(
 
 /// A disk that was made larger is zero there, even if its backing file is longer than it was.
 fn zero_what_shows_through(path: &Path, from: u64) -> Result<(), OpenError> {
-    let options = OpenOptions { backing: BackingPolicy::Any, lock: false, ..OpenOptions::default() };
+    let options = OpenOptions {
+        backing: BackingPolicy::Any,
+        lock: false,
+        keys: Keys::locked(),
+        ..OpenOptions::default()
+    };
     let engine = Engine::new(AioEngine::Threads)?;
     let below = match open_chain(&engine, path, &OpenOptions { read_only: true, ..options.clone() }) {
         Ok(node) => node.backing().map_or(0, crate::node::Node::size),

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::convert::request;
+use crate::encryption;
 use crate::{BlockBackend, CreateOptions, Disk, Format, OpenError, OpenOptions, Preallocation};
 
 /// The bytes of a new image's file.
@@ -66,6 +67,12 @@ fn measured(size: u64, data: u64, target: &CreateOptions) -> Result<Measure, Ope
                 _ => tables + data,
             };
             Ok(Measure { required, fully_allocated })
+        }
+        Format::Luks => {
+            let header = encryption::Header::new(&target.encryption)
+                .map_err(|source| OpenError::Encryption { path: "the target".into(), source })?;
+            let all = header.data_offset() + size;
+            Ok(Measure { required: all, fully_allocated: all })
         }
         #[allow(unreachable_patterns, reason = "there may be more formats than these two")]
         _ => Err(OpenError::Unsupported {

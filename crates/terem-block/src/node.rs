@@ -63,6 +63,11 @@ pub(crate) trait Image: Any {
     /// reading goes on in the backing file, or gives zeroes if there is none.
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent>;
 
+    /// Whether a new image reads as zeroes where nothing was written.
+    fn reads_as_zero_when_new(&self) -> bool {
+        true
+    }
+
     /// How clusters are compressed for [`Self::write_compressed`]; `None` where none can be.
     fn compression(&self) -> Option<Packer> {
         None

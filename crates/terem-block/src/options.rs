@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Format;
+use crate::{Format, Keys};
 
 /// Which way the host's page cache is used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ pub struct OpenOptions {
     pub backing: BackingPolicy,
     /// What carries out the I/O.
     pub aio: AioEngine,
+    /// The passphrases of encrypted images.
+    pub keys: Keys,
     /// Whether to take QEMU-compatible image locks. Switch it off only for file systems without locks.
     pub lock: bool,
     /// Most bytes of a qcow2 image's mapping tables kept in memory (at least four tables are). 4 MiB
@@ -87,6 +89,7 @@ impl Default for OpenOptions {
             discard: true,
             backing: BackingPolicy::SameDirectory,
             aio: AioEngine::Auto,
+            keys: Keys::default(),
             lock: true,
             table_cache: 4 << 20,
         }

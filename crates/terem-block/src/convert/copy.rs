@@ -220,5 +220,5 @@ pub(super) fn is_plain(extent: &Extent) -> bool {
 
 /// Whether the format has compressed clusters, which are best read by several readers.
 pub(super) fn wants_readers(format: Format) -> bool {
-    format != Format::Raw
+    !matches!(format, Format::Raw | Format::Luks)
 }

@@ -20,8 +20,8 @@ use std::thread;
 pub use stream::{export, import};
 
 use crate::{
-    AioEngine, BackingPolicy, BlockBackend, Cache, CreateOptions, Disk, Format, IoError, OpenError,
-    OpenOptions, create,
+    AioEngine, BackingPolicy, BlockBackend, Cache, CreateOptions, Disk, IoError, OpenError, OpenOptions,
+    create,
 };
 use copy::copy;
 
@@ -84,7 +84,7 @@ pub fn convert(
     let open = OpenOptions { read_only: true, ..source_options.clone() };
     let from = Disk::open(source, &open)?;
     if options.existing {
-        let open = target_open(target_options.format, options);
+        let open = target_open(target_options, options);
         let to = Disk::open(target, &open)?;
         check_size(target, to.size(), from.size())?;
         copy(
@@ -115,9 +115,10 @@ fn source_open(options: &OpenOptions) -> OpenOptions {
     OpenOptions { read_only: true, ..options.clone() }
 }
 
-fn target_open(format: Format, options: &ConvertOptions) -> OpenOptions {
+fn target_open(target: &CreateOptions, options: &ConvertOptions) -> OpenOptions {
     OpenOptions {
-        format: Some(format),
+        format: Some(target.format),
+        keys: target.keys.clone(),
         // It is synchronised once, at the end.
         cache: if options.existing { Cache::Writeback } else { Cache::Unsafe },
         backing: BackingPolicy::Any,
@@ -162,7 +163,7 @@ pub(crate) fn into_new(
         drop(crate::chain::ImageFile::open(target, true, true, &mut Vec::new())?);
     }
     create(&place.path, &create_options)?;
-    let to = Disk::open(&place.path, &target_open(create_options.format, options))?;
+    let to = Disk::open(&place.path, &target_open(&create_options, options))?;
     write(&place.path, to)?;
     if options.durable {
         let synced = fs::File::open(&place.path).and_then(|file| file.sync_all());

@@ -40,12 +40,27 @@ pub fn import(
     let room = size.unwrap_or(UNKNOWN);
     into_new(target, target_options, room, &ConvertOptions::default(), |path, to| {
         let at = fill(source, room, target, &to, progress)?;
+        if let Some(size) = size.filter(|_| !to.facts().zero_when_new) {
+            zero_rest(target, &to, at, size)?;
+        }
         to.close().map_err(|e| request(target, "writing the copy", e))?;
         if size.is_none() {
             resize(path, Some(target_options.format), at, true, Preallocation::Off)?;
         }
         Ok(())
     })
+}
+
+/// The rest of a disk that does not read as zeroes by itself.
+fn zero_rest(target: &Path, to: &Disk, from: u64, size: u64) -> Result<(), OpenError> {
+    let mut at = from;
+    while at < size {
+        let length = to.geometry().max_discard.min(size - at);
+        let op = Op::WriteZeroes { offset: at, length, unmap: true };
+        to.run(op).map_err(|e| request(target, "writing the copy", e))?;
+        at += length;
+    }
+    Ok(())
 }
 
 fn fill(
@@ -73,7 +88,7 @@ fn fill(
         let mut start = 0;
         while start < got {
             let end = (start + unit).min(got);
-            if !is_zero(&piece[start..end]) {
+            if !to.facts().zero_when_new || !is_zero(&piece[start..end]) {
                 let memory = Arc::new(AlignedBuffer::from_slice(&piece[start..end]));
                 let (tell, told) = channel();
                 let op = Op::Write { offset: at + start as u64, memory };

@@ -75,7 +75,9 @@ impl Target {
         };
         // Of a cluster that holds data, nothing is saved by leaving parts out.
         let unit = cluster.max(options.sparse.next_power_of_two()).clamp(4096, 2 << 20);
-        let zeroes = options.existing && !options.target_is_zero || backed;
+        let unknown =
+            if options.existing { !options.target_is_zero } else { !copying.to.facts().zero_when_new };
+        let zeroes = unknown || backed;
         Ok(Self { unit, cluster, how, zeroes, shares_backing: backed && options.share_backing })
     }
 

@@ -15,7 +15,7 @@ mod threads;
 mod uring;
 mod vectors;
 
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -139,7 +139,10 @@ impl Engine {
                 }
             },
         };
-        let pool = RefCell::new(threads::Pool::new(Arc::clone(&bell)));
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads =
+            if ring.is_some() { processors.min(threads::MAX_THREADS) } else { threads::MAX_THREADS };
+        let pool = RefCell::new(threads::Pool::new(Arc::clone(&bell), threads));
         let slots = RefCell::default();
         Ok(Rc::new(Self { slots, ring: ring.map(RefCell::new), pool, bell, on_bell: RefCell::default() }))
     }
@@ -161,21 +164,35 @@ impl Engine {
 
     /// Starts `job`; the future ends with its result.
     pub(crate) fn run(self: &Rc<Self>, job: Job) -> Running {
-        let mut slots = self.slots.borrow_mut();
-        let index = slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or_else(|| {
-            slots.push(Slot::Free);
-            slots.len() - 1
-        });
+        let (mut slots, index) = self.free_slot();
         let job = Box::new(job);
         let job = if let Some(ring) = &self.ring {
             ring.borrow_mut().start(index, &job);
             Some(job)
         } else {
-            self.pool.borrow_mut().start(index, job);
+            self.pool.borrow_mut().start(index, threads::Work::Io(job));
             None
         };
         slots[index] = Slot::Flying { job, waker: None };
         Running { engine: Rc::clone(self), index, finished: false }
+    }
+
+    /// Starts `work`, which takes long, on another thread; the future ends with it. What it owns lives until then,
+    /// whatever becomes of the future.
+    pub(crate) fn compute(self: &Rc<Self>, work: impl FnOnce() + Send + 'static) -> Running {
+        let (mut slots, index) = self.free_slot();
+        self.pool.borrow_mut().start(index, threads::Work::Compute(Box::new(work)));
+        slots[index] = Slot::Flying { job: None, waker: None };
+        Running { engine: Rc::clone(self), index, finished: false }
+    }
+
+    fn free_slot(&self) -> (RefMut<'_, Vec<Slot>>, usize) {
+        let mut slots = self.slots.borrow_mut();
+        let index = slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or_else(|| {
+            slots.push(Slot::Free);
+            slots.len() - 1
+        });
+        (slots, index)
     }
 
     /// Hands started jobs to the kernel and collects what is done. With `block` it sleeps until there is

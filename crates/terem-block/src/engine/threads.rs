@@ -1,4 +1,4 @@
-//! The engine on a pool of threads with blocking calls.
+//! The engine on a pool of threads with blocking calls; and work for the CPU, whichever engine does the I/O.
 #![allow(unsafe_code, reason = "preadv and pwritev take raw pointers; soundness: see the parent module")]
 
 use std::collections::VecDeque;
@@ -10,11 +10,20 @@ use std::thread::JoinHandle;
 use super::{Action, Bell, Job};
 
 /// Most threads of one disk. Blocking calls wait for storage, so more than CPUs make sense.
-const MAX_THREADS: usize = 8;
+pub(super) const MAX_THREADS: usize = 8;
+
+/// Work for the CPU.
+pub(super) type Compute = Box<dyn FnOnce() + Send>;
+
+/// What a thread does.
+pub(super) enum Work {
+    Io(Box<Job>),
+    Compute(Compute),
+}
 
 #[derive(Default)]
 struct Queues {
-    todo: VecDeque<(usize, Box<Job>)>,
+    todo: VecDeque<(usize, Work)>,
     done: Vec<(usize, io::Result<usize>)>,
     idle: usize,
     stop: bool,
@@ -36,31 +45,32 @@ impl Shared {
 pub(super) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    max: usize,
 }
 
 impl Pool {
-    pub(super) fn new(bell: Arc<Bell>) -> Self {
+    /// A pool of up to `max` threads, none of which is there yet.
+    pub(super) fn new(bell: Arc<Bell>, max: usize) -> Self {
         let shared = Shared { queues: Mutex::default(), more: Condvar::new(), bell };
-        Self { shared: Arc::new(shared), threads: Vec::new() }
+        Self { shared: Arc::new(shared), threads: Vec::new(), max }
     }
 
-    /// Queues `job`, and starts a thread for it if all are busy.
-    pub(super) fn start(&mut self, index: usize, job: Box<Job>) {
+    /// Queues `work`, and starts a thread for it if all are busy.
+    pub(super) fn start(&mut self, index: usize, work: Work) {
         let mut queues = self.shared.lock();
-        queues.todo.push_back((index, job));
-        let crowded = queues.idle < queues.todo.len() && self.threads.len() < MAX_THREADS;
+        queues.todo.push_back((index, work));
+        let crowded = queues.idle < queues.todo.len() && self.threads.len() < self.max;
         drop(queues);
         if crowded {
             let shared = Arc::clone(&self.shared);
-            match std::thread::Builder::new().name("disk-io".into()).spawn(move || work(&shared)) {
+            match std::thread::Builder::new().name("disk-io".into()).spawn(move || serve(&shared)) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) if self.threads.is_empty() => {
                     // Nobody else will do it: slow but right.
                     tracing::warn!(%error, "no thread for disk I/O, doing it on the disk's own");
                     let mut queues = self.shared.lock();
-                    while let Some((index, job)) = queues.todo.pop_front() {
-                        let result = perform(&job);
-                        queues.done.push((index, result));
+                    while let Some((index, work)) = queues.todo.pop_front() {
+                        queues.done.push((index, carry_out(work)));
                     }
                     self.shared.bell.ring();
                 }
@@ -86,13 +96,22 @@ impl Drop for Pool {
     }
 }
 
-fn work(shared: &Shared) {
+fn carry_out(work: Work) -> io::Result<usize> {
+    match work {
+        Work::Io(job) => perform(&job),
+        // A panic must not take the answer with it: somebody waits for that.
+        Work::Compute(compute) => std::panic::catch_unwind(std::panic::AssertUnwindSafe(compute))
+            .map(|()| 0)
+            .map_err(|_| io::Error::other("a worker thread panicked")),
+    }
+}
+
+fn serve(shared: &Shared) {
     let mut queues = shared.lock();
     loop {
-        if let Some((index, job)) = queues.todo.pop_front() {
+        if let Some((index, work)) = queues.todo.pop_front() {
             drop(queues);
-            let result = perform(&job);
-            drop(job);
+            let result = carry_out(work);
             queues = shared.lock();
             queues.done.push((index, result));
             shared.bell.ring();

@@ -52,6 +52,12 @@ impl View {
         self.memory.write_at(self.start, &bytes[..n]);
     }
 
+    /// Copies the bytes from `offset` on into `buf`; the caller knows that they are there.
+    pub(crate) fn get(&self, offset: usize, buf: &mut [u8]) {
+        let n = buf.len().min(self.len.saturating_sub(offset));
+        self.memory.read_at(self.start + offset, &mut buf[..n]);
+    }
+
     /// A copy of the contents.
     pub(crate) fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];

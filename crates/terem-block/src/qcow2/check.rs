@@ -68,6 +68,9 @@ impl References {
             this.count_tree(image, tables, snapshot.l1_offset, &l1, false)?;
         }
         this.add(header.snapshots_offset, tables.snapshot_bytes, "the snapshot table");
+        if let Some((offset, bytes)) = header.crypt_header {
+            this.add(offset, bytes, "the encryption header");
+        }
         if header.autoclear & BITMAPS != 0 {
             this.count_bitmaps(image, tables)?;
         }
@@ -269,6 +272,9 @@ pub(crate) fn file_map(image: &ImageFile) -> Result<Vec<FileRun>, OpenError> {
     mark(0, cluster, FileUse::Table);
     mark(tables.header.l1_offset, tables.l1.len() as u64 * 8, FileUse::Table);
     mark(tables.header.snapshots_offset, tables.snapshot_bytes, FileUse::Table);
+    if let Some((offset, bytes)) = tables.header.crypt_header {
+        mark(offset, bytes, FileUse::Table);
+    }
     mark(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, FileUse::Refcounts);
     for block in tables.reftable.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
         mark(block, cluster, FileUse::Refcounts);

@@ -4,17 +4,25 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use terem_crypt::{FileArea, Luks1Options, format_luks1};
+
 use super::Qcow2;
+use super::crypt::LUKS;
 use super::entry::Cluster;
 use super::header::{Header, MAX_L1_BYTES};
 use super::refcount::RefcountFormat;
-use crate::IoError;
 use crate::engine::View;
+use crate::extent::ExtentKind;
 use crate::file::to_usize;
+use crate::{IoError, Passphrase};
 
-/// Writes an empty image into an empty file; `header` says everything but where the tables are. `Err` with a text says
-/// what does not fit.
-pub(crate) fn write_new(file: &fs::File, mut header: Header) -> io::Result<Result<(), String>> {
+/// Writes an empty image into an empty file; `header` says everything but where the tables are. With `luks` its data will
+/// be encrypted. `Err` with a text says what does not fit.
+pub(crate) fn write_new(
+    file: &fs::File,
+    mut header: Header,
+    luks: Option<(Luks1Options, &Passphrase)>,
+) -> io::Result<Result<(), String>> {
     let cluster = header.cluster_size();
     let l1_entries = header.l1_needed(header.size);
     if l1_entries * 8 > MAX_L1_BYTES {
@@ -22,21 +30,27 @@ pub(crate) fn write_new(file: &fs::File, mut header: Header) -> io::Result<Resul
         let size = header.size;
         return Ok(Err(format!("{size} bytes are too much for clusters of {cluster} (at most {max})")));
     }
-    // Cluster 0 is the header; then the refcount table, its blocks, the L1 table.
+    // Cluster 0 is the header; then the refcount table, its blocks, the L1 table, the LUKS header.
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
+    let luks_length = luks.as_ref().map_or(0, |(options, _)| options.data_offset());
+    let rest = 1 + l1_clusters + luks_length.div_ceil(cluster);
     let counts = RefcountFormat::new(header.refcount_order, header.cluster_bits);
     let (mut table, mut blocks) = (1, 1);
-    while (1 + table + blocks + l1_clusters).div_ceil(counts.per_block()) > blocks
+    while (rest + table + blocks).div_ceil(counts.per_block()) > blocks
         || (blocks * 8).div_ceil(cluster) > table
     {
-        blocks = (1 + table + blocks + l1_clusters).div_ceil(counts.per_block());
+        blocks = (rest + table + blocks).div_ceil(counts.per_block());
         table = (blocks * 8).div_ceil(cluster);
     }
-    let used = 1 + table + blocks + l1_clusters;
+    let used = rest + table + blocks;
     header.l1_size = u32::try_from(l1_entries).unwrap_or(u32::MAX);
     header.l1_offset = (1 + table + blocks) * cluster;
     header.reftable_offset = cluster;
     header.reftable_clusters = u32::try_from(table).unwrap_or(u32::MAX);
+    if luks.is_some() {
+        header.crypt_method = LUKS;
+        header.crypt_header = Some(((1 + table + blocks + l1_clusters) * cluster, luks_length));
+    }
     let head = match header.encode() {
         Ok(head) => head,
         Err(what) => return Ok(Err(what)),
@@ -53,6 +67,12 @@ pub(crate) fn write_new(file: &fs::File, mut header: Header) -> io::Result<Resul
     file.write_all_at(&ones, (1 + table) * cluster)?;
     let entries: Vec<u8> = (0..blocks).flat_map(|i| ((1 + table + i) * cluster).to_be_bytes()).collect();
     file.write_all_at(&entries, cluster)?;
+    if let Some(((options, passphrase), (offset, length))) = luks.zip(header.crypt_header) {
+        let area = FileArea::new(file, offset, length);
+        if let Err(error) = format_luks1(&area, &options, passphrase) {
+            return Ok(Err(error.to_string()));
+        }
+    }
     file.write_all_at(&head, 0)?;
     Ok(Ok(()))
 }
@@ -76,7 +96,12 @@ impl Qcow2 {
             let (first, count) = self.allocate_data(at, want).await?;
             let format = self.l2_format;
             let entries: Vec<_> = (first..first + count)
-                .map(|host| Some(format.data(host << self.bits(), format.all_units(), 0)))
+                .map(|host| host << self.bits())
+                .map(|host| match self.crypt {
+                    None => Some(format.data(host, format.all_units(), 0)),
+                    // What is there would be decrypted to anything.
+                    Some(_) => Some(format.zero(Some((host, true)))),
+                })
                 .collect();
             self.commit(at, &entries).await?;
             self.limit_dropped().await?;
@@ -96,7 +121,9 @@ impl Qcow2 {
         let mut at = from;
         while at < self.size() {
             let extent = self.status(at, STEP.min(self.size() - at)).await?;
-            if let Some(host) = extent.host {
+            // Encrypted data are left alone: clusters that were given their place are none yet.
+            let data = extent.kind == ExtentKind::Data && self.crypt.is_some();
+            if let Some(host) = extent.host.filter(|_| !data) {
                 each(host, extent.length).await?;
             }
             at = extent.end();

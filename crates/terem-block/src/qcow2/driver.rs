@@ -6,6 +6,7 @@ use std::path::Path;
 use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
 use super::compressed::compress;
 use super::create::metadata_size;
+use super::crypt::{self, DataCrypt};
 use super::header::{BITMAPS, COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
 use super::tracking::Tracking;
 use super::{Header, Qcow2, Tables, check_image, write_new};
@@ -15,9 +16,10 @@ use crate::executor::Executor;
 use crate::extent::Extent;
 use crate::file::File;
 use crate::format::{Driver, NewImage};
+use crate::luks::failed;
 use crate::node::{Answer, Image, Node, Packer, directory_of};
 use crate::{
-    AioEngine, BackingPolicy, BitmapInfo, Compression, CreateOptions, Format, ImageInfo, OpenError,
+    AioEngine, BackingPolicy, BitmapInfo, Compression, CreateOptions, Format, ImageInfo, Keys, OpenError,
     OpenOptions, Preallocation, Qcow2Info, SnapshotInfo,
 };
 
@@ -30,6 +32,7 @@ pub(crate) static DRIVER: Driver = Driver {
         let tables = Tables::read(image, Header::read(image)?)?;
         let valid = tables.header().autoclear & BITMAPS != 0;
         let bitmaps = if valid { read_bitmaps(image, tables.header())? } else { Vec::new() };
+        info.encryption = crypt::describe(image, tables.header())?;
         describe(&tables, &bitmaps, info);
         Ok(())
     },
@@ -61,9 +64,10 @@ impl Qcow2 {
             Some(name) => Some(opening.open_backing(&name, tables.header().backing_format.as_deref())?),
             None => None,
         };
+        let crypt = DataCrypt::open(&opening, tables.header())?;
         let options = opening.options;
         let data = opening.data_file(tables.header())?;
-        Ok(Self::new(opening.storage()?, data, tables, backing, tracking, options))
+        Ok(Self::new(opening.storage()?, data, tables, backing, tracking, crypt, options))
     }
 }
 
@@ -123,15 +127,19 @@ impl Image for Qcow2 {
     }
 
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
-        Box::pin(self.status(offset, length))
+        Box::pin(async move {
+            let extent = self.status(offset, length).await?;
+            // Encrypted data do not lie there as they are.
+            Ok(Extent { host: extent.host.filter(|_| self.crypt.is_none()), ..extent })
+        })
     }
 
     fn plain_data(&self) -> Option<&File> {
-        Some(self.data())
+        self.crypt.is_none().then(|| self.data())
     }
 
     fn places(&self) -> bool {
-        !self.l2_format.external
+        !self.l2_format.external && self.crypt.is_none()
     }
 
     fn place(&self, length: u64) -> Answer<'_, (u64, u64)> {
@@ -160,7 +168,8 @@ impl Image for Qcow2 {
             Compression::Zlib => |data| compress(Compression::Zlib, data),
             Compression::Zstd => |data| compress(Compression::Zstd, data),
         };
-        (!self.l2_format.external).then_some(Packer { unit: self.cluster_size(), compress })
+        (!self.l2_format.external && self.crypt.is_none())
+            .then_some(Packer { unit: self.cluster_size(), compress })
     }
 
     fn write_compressed(&self, mut clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {
@@ -185,7 +194,14 @@ fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
         let made = open.open(&data).and_then(|data| data.set_len(size));
         made.map_err(|e| OpenError::io(&data, "making the data file", e))?;
     }
-    write_new(file, header).map_err(fail)?.map_err(limit)?;
+    let luks = match options.qcow2.encrypted {
+        true => {
+            let luks = options.encryption.luks1(header.cluster_size()).map_err(|e| failed(path, e))?;
+            Some((luks, options.keys.of(path)?))
+        }
+        false => None,
+    };
+    write_new(file, header, luks).map_err(fail)?.map_err(limit)?;
     if options.preallocation == Preallocation::Off && !options.qcow2.data_file_raw {
         return Ok(());
     }
@@ -200,7 +216,15 @@ fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
 pub(crate) fn measure(size: u64, options: &CreateOptions) -> Result<u64, OpenError> {
     let header = new_header(size, options);
     let header = header.map_err(|what| OpenError::Limit { path: "a new image".into(), what })?;
-    Ok(metadata_size(&header))
+    let luks = match options.qcow2.encrypted {
+        true => options
+            .encryption
+            .luks1(header.cluster_size())
+            .map_err(|e| failed("a new image".as_ref(), e))?
+            .data_offset(),
+        false => 0,
+    };
+    Ok(metadata_size(&header) + luks)
 }
 
 /// The header that the options ask for.
@@ -231,6 +255,12 @@ fn new_header(size: u64, options: &CreateOptions) -> Result<Header, String> {
     }
     if chosen.data_file_raw && (chosen.data_file.is_none() || options.backing.is_some()) {
         return Err("a raw data file takes data_file, and no backing file".into());
+    }
+    if chosen.encrypted && chosen.data_file_raw {
+        return Err("an encrypted data file is no raw image".into());
+    }
+    if chosen.encrypted && chosen.version < 3 && options.preallocation != Preallocation::Off {
+        return Err("preallocated clusters would not read as zeroes: it takes version 3".into());
     }
     let mut header = Header::new(chosen.cluster_size.trailing_zeros(), size);
     header.version = chosen.version;
@@ -275,6 +305,7 @@ fn place_clusters(path: &Path, from: u64, preallocation: Preallocation) -> Resul
     // The file is ours, and `create` may hold its lock already.
     let options = OpenOptions {
         lock: false,
+        keys: Keys::locked(),
         aio: AioEngine::Threads,
         backing: BackingPolicy::Any,
         ..OpenOptions::default()

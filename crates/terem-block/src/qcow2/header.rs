@@ -42,6 +42,7 @@ pub(crate) const RAW_EXTERNAL: u64 = 1 << 1;
 pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
+const EXT_CRYPT_HEADER: u32 = 0x0537_be77;
 pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 
 /// A parsed and checked header.
@@ -70,6 +71,8 @@ pub(crate) struct Header {
     pub(crate) backing_format: Option<String>,
     /// The external data file's name.
     pub(crate) data_file: Option<String>,
+    /// The LUKS header: offset, bytes.
+    pub(crate) crypt_header: Option<(u64, u64)>,
     /// The bitmap directory: offset, bytes, number of bitmaps.
     pub(crate) bitmaps: Option<(u64, u64, u32)>,
     /// Extensions that are only kept.
@@ -175,13 +178,15 @@ impl Header {
             backing: None,
             backing_format: None,
             data_file: None,
+            crypt_header: None,
             bitmaps: None,
             other_extensions: Vec::new(),
             other_fields: head.get(112..length as usize).unwrap_or_default().to_vec(),
         };
         header.check_features(image, &head, length)?;
-        if header.crypt_method != 0 {
-            return Err(unsupported(image, "encryption".into(), DECRYPT));
+        if header.crypt_method > 2 {
+            let method = header.crypt_method;
+            return Err(unsupported(image, format!("encryption of method {method}"), CONVERT));
         }
         if header.incompatible & COMPRESSION != 0 {
             header.compression = match head.get(104).filter(|_| length > 104) {
@@ -254,6 +259,10 @@ impl Header {
                 EXT_BITMAPS => {
                     self.bitmaps = Some((be64(&data, 16), be64(&data, 8), be32(&data, 0)));
                 }
+                EXT_CRYPT_HEADER if data.len() < 16 => {
+                    return Err(OpenError::corrupt(image.path(), "its encryption extension is too short"));
+                }
+                EXT_CRYPT_HEADER => self.crypt_header = Some((be64(&data, 0), be64(&data, 8))),
                 EXT_DATA_FILE => self.data_file = Some(String::from_utf8_lossy(&data).into_owned()),
                 _ => self.other_extensions.push((kind, data)),
             }
@@ -318,6 +327,7 @@ impl Header {
             backing: None,
             backing_format: None,
             data_file: None,
+            crypt_header: None,
             bitmaps: None,
             other_extensions: Vec::new(),
             other_fields: Vec::new(),
@@ -386,6 +396,9 @@ impl Header {
         if let Some(name) = &self.data_file {
             extend(EXT_DATA_FILE, name.as_bytes());
         }
+        if let Some((offset, length)) = self.crypt_header {
+            extend(EXT_CRYPT_HEADER, &[offset.to_be_bytes(), length.to_be_bytes()].concat());
+        }
         if let Some((offset, length, number)) = self.bitmaps {
             let mut data = number.to_be_bytes().to_vec();
             data.extend([0; 4]);
@@ -427,7 +440,6 @@ fn extensions(head: &[u8], length: u32) -> Vec<(u32, Vec<u8>)> {
 }
 
 const CONVERT: &str = "convert it with `qemu-img convert -O qcow2`";
-const DECRYPT: &str = "decrypt it with `qemu-img convert`";
 
 fn unsupported(image: &ImageFile, feature: String, hint: &'static str) -> OpenError {
     OpenError::Unsupported { path: image.path().to_owned(), feature, hint }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use super::cache::TableCache;
 use super::compressed::Decompressed;
+use super::crypt::DataCrypt;
 use super::entry::L2Format;
 use super::header::{AUTOCLEAR_AT, BITMAPS, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, RAW_EXTERNAL};
 use super::metadata::MetadataMap;
@@ -56,6 +57,8 @@ pub(crate) struct Qcow2 {
     /// References whose end is on the storage: their counts can go down.
     pub(super) reclaimable: RefCell<Vec<Dropped>>,
 
+    /// How the data are encrypted, if they are.
+    pub(super) crypt: Option<DataCrypt>,
     pub(super) tracking: Tracking,
     pub(super) metadata: MetadataMap,
     pub(super) decompressed: RefCell<Decompressed>,
@@ -87,6 +90,7 @@ impl Qcow2 {
         tables: Tables,
         backing: Option<Node>,
         tracking: Tracking,
+        crypt: Option<DataCrypt>,
         options: &OpenOptions,
     ) -> Self {
         let metadata = MetadataMap::new(&tables);
@@ -107,6 +111,7 @@ impl Qcow2 {
             dropped: RefCell::default(),
             reclaimable: RefCell::default(),
             tracking,
+            crypt,
             metadata,
             decompressed: RefCell::default(),
             mapping_locks: RangeLock::default(),
@@ -143,7 +148,7 @@ impl Qcow2 {
 
     /// Whether the external data file is to be a raw image of the same contents.
     pub(super) fn external_raw(&self) -> bool {
-        self.data_file.is_some() && self.header.autoclear & RAW_EXTERNAL != 0
+        self.data_file.is_some() && self.header.autoclear & RAW_EXTERNAL != 0 && self.crypt.is_none()
     }
 
     /// Bytes of the smallest part with a mapping of its own: a cluster or a subcluster.

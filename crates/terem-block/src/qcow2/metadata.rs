@@ -37,6 +37,9 @@ impl MetadataMap {
         let header = &tables.header;
         map.add_fixed("L1 table", header.l1_offset, tables.l1.len() as u64 * 8);
         map.add_fixed("refcount table", header.reftable_offset, tables.reftable.len() as u64 * 8);
+        if let Some((offset, bytes)) = header.crypt_header {
+            map.add_fixed("encryption header", offset, bytes);
+        }
         map.add_fixed("snapshot table", header.snapshots_offset, tables.snapshot_bytes);
         for snapshot in &tables.snapshots {
             map.add_fixed("snapshot's L1 table", snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);

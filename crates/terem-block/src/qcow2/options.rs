@@ -1,10 +1,11 @@
 //! What can be chosen for a new qcow2 image, as text.
 
+use crate::encryption::QCOW2_OPTIONS as ENCRYPT;
 use crate::format::CreateOption;
 use crate::{Compression, CreateOptions, Preallocation};
 
 /// The options, by the names that QEMU gives them.
-pub(super) static OPTIONS: [CreateOption; 9] = [
+pub(super) static OPTIONS: [CreateOption; 16] = [
     CreateOption {
         name: "compat",
         help: "version of the format: v2 (0.10) or v3 (1.1)",
@@ -77,6 +78,13 @@ pub(super) static OPTIONS: [CreateOption; 9] = [
             Ok(())
         },
     },
+    ENCRYPT[0],
+    ENCRYPT[1],
+    ENCRYPT[2],
+    ENCRYPT[3],
+    ENCRYPT[4],
+    ENCRYPT[5],
+    ENCRYPT[6],
 ];
 
 fn on_off(text: &str) -> Result<bool, String> {

@@ -104,7 +104,9 @@ impl Qcow2 {
 
     async fn read_run(&self, run: Run, view: View) -> Result<(), IoError> {
         match run.mapping {
-            Mapping::Data { host, .. } => self.data().read(host + run.offset % self.unit(), &[view]).await,
+            Mapping::Data { host, .. } => {
+                self.read_data(host + run.offset % self.unit(), run.offset, view).await
+            }
             Mapping::Zero { .. } => {
                 view.zero();
                 Ok(())

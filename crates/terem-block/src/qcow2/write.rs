@@ -92,10 +92,10 @@ impl Qcow2 {
             }
         }
         if let [part] = parts.as_slice() {
-            return self.data().write(part.host, std::slice::from_ref(&part.view)).await;
+            return self.write_data(part.host, std::slice::from_ref(&part.view)).await;
         }
         let writes = parts.into_iter().map(|part| {
-            Box::pin(async move { self.data().write(part.host, &[part.view]).await }) as LocalFuture<'_, _>
+            Box::pin(async move { self.write_data(part.host, &[part.view]).await }) as LocalFuture<'_, _>
         });
         join_all(writes.collect()).await
     }
@@ -201,8 +201,8 @@ impl Qcow2 {
         let ([first, ..], [.., last]) = (new.clusters, new.clusters) else { return Ok(Vec::new()) };
         let (start, until) = (self.filled(first, new.kept, offset).0, self.filled(last, new.kept, end - 1).1);
         let (head, tail) = (offset - start, until - end);
-        // Beyond its end the file reads as zeroes, as long as nobody writes there.
-        let fresh = new.host >= self.data().len() && !self.data().is_block_device();
+        // Beyond its end the file reads as zeroes, as long as nobody writes there and nothing is decrypted.
+        let fresh = new.host >= self.data().len() && !self.data().is_block_device() && self.crypt.is_none();
 
         let mut views = Vec::with_capacity(3);
         let mut from = offset;
@@ -218,7 +218,7 @@ impl Qcow2 {
         } else if tail > 0 && !fresh {
             self.add_zeroes(&mut views, new.host + (end - base), tail).await?;
         }
-        self.data().write(new.host + (from - base), &views).await?;
+        self.write_data(new.host + (from - base), &views).await?;
 
         let entries = new.clusters.iter().zip(0..).map(|(cluster, i)| {
             let at = base + (i << self.bits());
@@ -265,7 +265,7 @@ impl Qcow2 {
             views.push(View::zeroed(to_usize(length)));
             return Ok(true);
         }
-        self.data().write_zeroes(at, length, false).await.map(|()| false)
+        self.write_zero_data(at, length).await.map(|()| false)
     }
 
     /// Keeps the list of dropped references short.

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::disk::arguments::DiskCommand;
+use crate::disk::arguments::DiskArguments;
 use crate::exit;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -72,7 +72,7 @@ pub enum Command {
     Config(ConfigCommand),
     /// Disk images.
     #[command(subcommand)]
-    Disk(DiskCommand),
+    Disk(DiskArguments),
     /// Disk images, with qemu-img's own commands and options.
     #[command(name = "qemu-img", disable_help_flag = true)]
     QemuImg {

@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         Command::Config(ConfigCommand::Schema { control }) => print_schema(control),
         Command::Config(ConfigCommand::Check { file }) => check(&file),
         Command::Config(ConfigCommand::Reference) => print(&reference::markdown()),
-        Command::Disk(command) => disk::run(&command),
+        Command::Disk(arguments) => disk::run(&arguments),
         Command::QemuImg { arguments } => {
             return qemu_img::main([OsString::from("qemu-img")].into_iter().chain(arguments));
         }

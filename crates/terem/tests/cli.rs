@@ -489,3 +489,45 @@ fn damage(image: &Path) {
     bytes[l2 + 8..l2 + 16].copy_from_slice(&first);
     fs::write(image, bytes).unwrap();
 }
+
+#[test]
+fn encrypted_disks_and_their_keys() {
+    let home = Home::new();
+    for (name, text) in [("one", "first"), ("two", "second"), ("wrong", "first\n")] {
+        fs::write(home.path(name), text).unwrap();
+    }
+    let cheap = "iter-time=1";
+    let (_, err) = home.expect(1, &["disk", "create", "--format", "luks", "-o", cheap, "a.luks", "1M"]);
+    assert!(
+        err.contains("a.luks: is encrypted; give its passphrase") && err.contains("--new-passphrase"),
+        "{err}"
+    );
+    let create = ["disk", "create", "--format", "luks", "-o", cheap, "a.luks", "1M"];
+    home.expect(0, &[&create[..], &["--new-passphrase", "file:one"]].concat());
+    let (out, _) = home.expect(0, &["disk", "info", "a.luks"]);
+    assert!(out.contains("LUKS 1, aes-xts-plain64, 512 bits") && out.contains("key slots     0\n"), "{out}");
+
+    let with = |passphrase, more: &[&str]| -> Vec<String> {
+        ["disk", "--passphrase", passphrase].iter().chain(more).map(ToString::to_string).collect()
+    };
+    let expect = |code, passphrase, more: &[&str]| {
+        let arguments = with(passphrase, more);
+        home.expect(code, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let (_, err) = expect(1, "file:wrong", &["convert", "a.luks", "a.qcow2"]);
+    assert!(err.contains("the passphrase opens none of its key slots"), "{err}");
+    expect(0, "file:one", &["convert", "a.luks", "a.qcow2"]);
+    let (_, err) = expect(2, "first", &["convert", "a.luks", "b.qcow2"]);
+    assert!(err.contains("file:PATH, fd:NUMBER or ask"), "{err}");
+
+    let add = ["key", "add", "--iterations", "1000", "--new-passphrase", "file:two", "a.luks"];
+    let (out, _) = expect(0, "file:one", &add);
+    assert_eq!(out, "key slot 1 added\n");
+    expect(1, "file:one", &["key", "remove", "--slot", "0", "a.luks"]);
+    expect(0, "file:one", &["key", "remove", "a.luks"]);
+    expect(1, "file:two", &["key", "remove", "a.luks"]);
+    expect(1, "file:one", &["convert", "--overwrite", "a.luks", "a.qcow2"]);
+    expect(0, "file:two", &["compare", "a.luks", "a.qcow2"]);
+    let (out, _) = home.expect(0, &["disk", "key", "list", "--json", "a.luks"]);
+    assert!(out.contains("\"slot\": 1") && !out.contains("\"slot\": 0"), "{out}");
+}

@@ -1,9 +1,20 @@
 //! The command line of `terem disk`.
 
+use super::passphrase::Passphrases;
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use terem_block::Format;
 use terem_config::ByteSize;
+
+/// Disk images.
+#[derive(Debug, Args)]
+pub struct DiskArguments {
+    #[command(flatten)]
+    pub passphrases: Passphrases,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: DiskCommand,
+}
 
 /// Disk images.
 #[derive(Debug, Subcommand)]
@@ -98,6 +109,9 @@ pub enum DiskCommand {
     /// Persistent dirty bitmaps: what changed since a backup.
     #[command(subcommand)]
     Bitmap(BitmapCommand),
+    /// Key slots of encrypted images.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Write what an image has of its own into its backing file.
     Commit {
         #[command(flatten)]
@@ -258,6 +272,59 @@ pub enum BitmapCommand {
         /// The other one.
         other: String,
     },
+}
+
+/// Key slots. Each has a passphrase, and each of them opens the image.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List those in use.
+    List {
+        #[command(flatten)]
+        image: Image,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add one: --passphrase opens the image, --new-passphrase is added.
+    Add {
+        #[command(flatten)]
+        image: Image,
+        /// Its number. Not given: the first that is free.
+        #[arg(long)]
+        slot: Option<usize>,
+        #[command(flatten)]
+        cost: KeyCost,
+    },
+    /// Remove one: the one that --passphrase opens, or by its number where --passphrase opens another.
+    Remove {
+        #[command(flatten)]
+        image: Image,
+        /// Its number.
+        #[arg(long)]
+        slot: Option<usize>,
+    },
+    /// Give the one that --passphrase opens the --new-passphrase.
+    Change {
+        #[command(flatten)]
+        image: Image,
+        /// Its number, where several have that passphrase.
+        #[arg(long)]
+        slot: Option<usize>,
+        #[command(flatten)]
+        cost: KeyCost,
+    },
+}
+
+/// What a guess at a new passphrase costs.
+#[derive(Debug, Default, Args)]
+pub struct KeyCost {
+    /// Milliseconds on this machine. Not given: 2000.
+    #[arg(long, value_name = "MILLISECONDS", conflicts_with = "iterations",
+          value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub iter_time: Option<u64>,
+    /// Iterations of PBKDF2.
+    #[arg(long, value_name = "COUNT")]
+    pub iterations: Option<u32>,
 }
 
 /// An image, and something in it.

@@ -16,6 +16,22 @@ pub fn describe(info: &ImageInfo) -> String {
         human(info.actual_size),
         info.actual_size
     );
+    if let Some(encryption) = &info.encryption {
+        text += &match &encryption.luks {
+            None => format!("encryption    {}\n", encryption.method),
+            Some(luks) => {
+                let slots: Vec<_> = luks.slots.iter().map(|slot| slot.slot.to_string()).collect();
+                format!(
+                    "encryption    LUKS {}, {}, {} bits, sectors of {}\nkey slots     {}\n",
+                    luks.version,
+                    luks.cipher,
+                    luks.key_bits,
+                    luks.sector_size,
+                    slots.join(", ")
+                )
+            }
+        };
+    }
     let Some(qcow2) = &info.qcow2 else { return text };
     text += &format!("version       {}\ncluster size  {}\n", qcow2.version, ByteSize(qcow2.cluster_size));
     text += &format!("compression   {}\n", qcow2.compression_type);

@@ -3,31 +3,41 @@
 pub mod arguments;
 mod change;
 mod describe;
+mod key;
+pub mod passphrase;
 mod picture;
 mod progress;
 
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
 use crate::{print, print_json};
-use arguments::{DiskCommand, Image, NewImage, RepairWhat};
+use arguments::{DiskArguments, DiskCommand, Image, NewImage, RepairWhat};
 pub use describe::map_json;
 use describe::{describe, duration, human, map_text, summary};
+use passphrase::{Passphrases, keys};
 pub use progress::Progress;
 use std::path::Path;
 use terem_block::{
     BackingFile, BackingPolicy, BenchOptions, Cache, CheckReport, Comparison, ConvertOptions, CreateOptions,
-    Difference, Disk, Format, ImageInfo, Measure, OpenError, OpenOptions, Repair,
+    Difference, Disk, Format, ImageInfo, Keys, Measure, OpenError, OpenOptions, Repair,
 };
 use terem_config::ByteSize;
 
 /// Carries out a command.
-pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
+pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
+    let DiskArguments { passphrases, command } = arguments;
+    if let DiskCommand::Key(command) = command {
+        // It reads only what it needs, in its order.
+        return key::run(command, passphrases);
+    }
+    passphrases.load()?;
     match command {
         DiskCommand::Create { new, backing, backing_format, format, path, size } => {
             let backing =
                 backing.clone().zip(*backing_format).map(|(path, format)| BackingFile { path, format });
             let Some(options) = new_image(*format, new)? else { return list_options(*format) };
-            let options = CreateOptions { size: size.map(ByteSize::bytes), backing, ..options };
+            let keys = new_keys(passphrases, path)?;
+            let options = CreateOptions { size: size.map(ByteSize::bytes), backing, keys, ..options };
             terem_block::create(path, &options).map_err(|error| failed("make", path, &error))?;
             Ok(Exit::Success)
         }
@@ -46,11 +56,13 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
             target,
         } => {
             let Some(create) = new_image(*to, new)? else { return list_options(*to) };
+            let create = CreateOptions { keys: new_keys(passphrases, target)?, ..create };
             let backing = if *trust_backing { BackingPolicy::Any } else { BackingPolicy::SameDirectory };
             let open = OpenOptions {
                 format: *from,
                 snapshot: snapshot.clone(),
                 backing,
+                keys: keys(),
                 ..OpenOptions::read_only()
             };
             let options =
@@ -102,7 +114,13 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
 
 /// How images are opened whose chains the user names on the command line.
 fn tool_options() -> OpenOptions {
-    OpenOptions { backing: BackingPolicy::Any, ..OpenOptions::default() }
+    OpenOptions { backing: BackingPolicy::Any, keys: keys(), ..OpenOptions::default() }
+}
+
+/// The passphrase of a new image.
+fn new_keys(passphrases: &Passphrases, path: &Path) -> Result<Keys, Failure> {
+    let passphrase = passphrases.new_passphrase(&path.display().to_string())?;
+    Ok(passphrase.map_or_else(Keys::default, Keys::every))
 }
 
 /// The settings of a new image, or `None` when a list of them was asked for.
@@ -271,6 +289,9 @@ fn failed_text(what: &str, error: &OpenError) -> Failure {
     let failure = Failure::host(format!("cannot {what}: {}", chain(error)));
     match error {
         OpenError::Exists { .. } => failure.hint("--overwrite replaces it"),
+        OpenError::NeedsPassphrase { .. } => {
+            failure.hint("--passphrase file:PATH, fd:NUMBER or ask; for a new image --new-passphrase")
+        }
         OpenError::Cancelled => failure.exit(Exit::Stopped),
         _ => failure,
     }

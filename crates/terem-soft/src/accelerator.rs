@@ -13,6 +13,7 @@ use crate::apic::ApicSystem;
 use crate::block::BlockCache;
 use crate::cpu::{Cpu, Ymm};
 use crate::decode::InstructionSet;
+use crate::low::{Low, Room};
 use crate::mmu::Tlb;
 use crate::stats::Stats;
 use crate::translate::Native;
@@ -80,7 +81,7 @@ impl SoftAccelerator {
         Ok(Self { config, bus, memory, apics, instruction_set, stats })
     }
 
-    pub(crate) fn make(&self, id: u32) -> Result<Box<Cpu>, CpuError> {
+    pub(crate) fn make(&self, id: u32) -> Result<Low<Cpu>, CpuError> {
         let apic =
             self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
         let stats: Arc<Stats> = self.stats.get(id as usize).map(Arc::clone).unwrap_or_default();
@@ -88,11 +89,12 @@ impl SoftAccelerator {
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
         let (vcpus, avx) = (self.apics.count(), c.model.features.has("avx"));
-        let native = Native::new(apic.words(), self.config.translate, vcpus, avx);
+        let room = Room::new().map_err(|e| CpuError::Host { action: "take memory for a vCPU", source: e })?;
+        let native = Native::new(apic.words(), self.config.translate, vcpus, avx, room.low());
         if let Some(translator) = &native.translator {
             stats.code_capacity.set(translator.code_capacity());
         }
-        let mut cpu = Box::new(Cpu {
+        let mut cpu = room.put(Cpu {
             gpr: [0; 18],
             rip: 0,
             ah: 0,
@@ -161,7 +163,7 @@ impl Accelerator for SoftAccelerator {
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CpuError> {
-        Ok(self.make(id)?)
+        Ok(Box::new(self.make(id)?))
     }
 
     fn apic_bus(&self) -> Arc<dyn ApicBus> {
@@ -240,7 +242,6 @@ impl Cpu {
 
 impl Vcpu for Cpu {
     fn run(&mut self) -> Stop {
-        self.take_thread();
         let stop = Cpu::run(self);
         self.take_mxcsr();
         tracing::debug!(vcpu = self.id, ?stop, stats = ?self.stats, "vCPU stopped");

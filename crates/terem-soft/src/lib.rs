@@ -29,6 +29,7 @@ mod far;
 mod fault;
 mod integer;
 mod iret;
+mod low;
 mod membarrier;
 mod memory;
 mod mmu;

@@ -27,7 +27,7 @@ const PATIENCE: usize = 1_000_000;
 
 /// A vCPU for experiments.
 pub(crate) struct Guest {
-    pub(crate) cpu: Box<Cpu>,
+    pub(crate) cpu: crate::low::Low<Cpu>,
 }
 
 impl Guest {
@@ -121,7 +121,6 @@ impl Guest {
     pub(super) fn run_translated(&mut self, case: &Case) -> Outcome {
         self.set_up(case);
         let cpu = &mut self.cpu;
-        cpu.take_thread();
         cpu.memory.marks().written(CODE_PAGE as u64 >> 12);
         cpu.rip = CODE;
         cpu.native.link = NO_LINK;

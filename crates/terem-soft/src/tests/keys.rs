@@ -53,7 +53,8 @@ fn keys_keep_from_reading_and_writing() {
     assert_eq!(g.cpu.cr2, DATA);
     // Without CR4.PKE the key means nothing, and nobody gets at PKRU.
     let _ = access(&mut g, 1 << 10);
-    g.cpu.set_cr4(g.cpu.cr4 & !cr4::PKE).unwrap();
+    let without = g.cpu.cr4 & !cr4::PKE;
+    g.cpu.set_cr4(without).unwrap();
     assert_eq!(run(&mut g, |a| a.mov(rax, ptr(rbx))), None);
     assert_eq!(run(&mut g, CodeAssembler::rdpkru), Some(Fault::UD));
 }

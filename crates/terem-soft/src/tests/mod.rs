@@ -3,12 +3,16 @@
 
 mod apic;
 mod code_changes;
+mod cross_changes;
 mod debug;
 mod events;
 mod keys;
+mod mappings;
 mod msr;
 mod outside;
 mod paging;
+mod self_changes;
+mod team;
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
@@ -76,11 +80,15 @@ impl Rig {
     }
 
     fn traced(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>) -> Self {
+        Self::made(cpus, clock, trace, true)
+    }
+
+    fn made(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>, translate: bool) -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
         let bus = Arc::new(Bus::new(clock));
         let model = CpuModel::find("terem64", &[]).unwrap();
         let config =
-            SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate: true, trace };
+            SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

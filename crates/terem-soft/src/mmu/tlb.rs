@@ -107,8 +107,12 @@ pub(crate) struct Tlb {
     /// The same for data.
     data: [u64; 2],
     last_epoch: u64,
+    /// Epochs of data that other contexts had before this one are over: a page that may be global was invalidated.
+    data_ended: u64,
     /// The kernel's set has had entries in the lower half.
     low: bool,
+    /// There have been global pages in the lower half.
+    low_globals: bool,
     /// Which linear pages were fetched from in these epochs (a filter of hashes).
     fetched: [u64; 64],
     /// Ranges of linear addresses in the lower and the upper half that cover every large page put in.
@@ -148,7 +152,9 @@ impl Tlb {
             epochs: [1, 2],
             data: [0; 2],
             last_epoch: 2,
+            data_ended: 0,
             low: false,
+            low_globals: false,
             fetched: [0; 64],
             large: [None; 2],
         }
@@ -272,7 +278,7 @@ impl Tlb {
         self.of_pcid.fill(Context::default());
         self.large = [None; 2];
         self.passing.clear();
-        self.low = false;
+        (self.low, self.low_globals) = (false, false);
         self.new_epochs();
         self.data[1] = self.take_epoch();
         self.of_globals = u64::from(self.take_generation());
@@ -285,7 +291,7 @@ impl Tlb {
         let generation = if known.generation != 0 { known.generation } else { self.take_generation() };
         // Taking a generation may have begun new epochs: these must come after it.
         let code = if known.code != 0 { known.code } else { self.take_epoch() };
-        let data = if known.data != 0 { known.data } else { self.take_epoch() };
+        let data = if known.data > self.data_ended { known.data } else { self.take_epoch() };
         self.of_pcid[usize::from(pcid)] = Context { generation, code, data };
         self.generation = u64::from(generation);
         (self.epochs[0], self.data[0]) = (code, data);
@@ -311,13 +317,16 @@ impl Tlb {
     }
 
     /// Forgets the page of `linear` in all contexts (what accesses remember, in the context `pcid` only, which is the
-    /// present one). Returns false if it may be part of a large page, so that everything must be flushed.
+    /// present one, unless the page may be global). Returns false if it may be part of a large page, so that everything must be flushed.
     #[must_use]
     pub(crate) fn invalidate(&mut self, linear: u64, pcid: u16) -> bool {
         if self.large[(linear >> 63) as usize].is_some_and(|(from, to)| (from..to).contains(&linear)) {
             return false;
         }
         let page = linear & PAGE_MASK;
+        if self.globals && (linear >> 63 != 0 || self.low_globals) {
+            self.data_ended = self.last_epoch;
+        }
         self.data[0] = self.take_epoch();
         self.of_pcid[usize::from(pcid)].data = self.data[0];
         if linear >> 63 != 0 || self.low {
@@ -347,6 +356,7 @@ impl Tlb {
         mark: *const AtomicU32,
     ) {
         let index = (linear >> 12) as usize;
+        self.low_globals |= page.global && linear >> 63 == 0;
         if page.data {
             let tag = linear & PAGE_MASK | self.generations[set];
             let write = if page.write { tag } else { INVALID };

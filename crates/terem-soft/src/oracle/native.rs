@@ -251,7 +251,7 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         regs[libc::REG_EFL as usize] = case.rflags as i64;
         regs[libc::REG_RIP as usize] = CODE as i64;
         // The first 464 bytes are FXSAVE's; then come the kernel's marks and, at 512, XSAVE's header,
-        // which must say that x87 and SSE state are there.
+        // which says what of x87, SSE and AVX state is there.
         ptr::copy_nonoverlapping(case.fx.0.as_ptr(), fp, 24);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(24), fp.add(24), 4);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(32), fp.add(32), 384);
@@ -259,6 +259,7 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         if shared.avx {
             ptr::copy_nonoverlapping(case.uppers.as_ptr(), fp.add(UPPERS), 256);
         }
-        present.write_unaligned(present.read_unaligned() | if shared.avx { 7 } else { 3 });
+        let had = if shared.avx { 7 } else { 3 };
+        present.write_unaligned(present.read_unaligned() & !had | case.present & had);
     }
 }

@@ -330,7 +330,11 @@ fn a_large_page_that_is_split_is_its_parts() {
         });
         assert_eq!((stop, rig.vector()), (Stop::Kicked, 3));
         let sum = |a: u64, b: u64| 200 * 2 * (a + b);
-        assert_eq!((rig.get(EPOCH), rig.get(EPOCH + 8)), (sum(7, 300), sum(504, 211)), "translate {translate}");
+        assert_eq!(
+            (rig.get(EPOCH), rig.get(EPOCH + 8)),
+            (sum(7, 300), sum(504, 211)),
+            "translate {translate}"
+        );
         for part in [7, 300, 504, 211] {
             assert_eq!(rig.get(0x20_0808 + part * 0x1000), 200);
         }

@@ -84,11 +84,20 @@ impl Rig {
     }
 
     fn made(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>, translate: bool) -> Self {
+        Self::modelled("terem64", cpus, clock, trace, translate)
+    }
+
+    fn modelled(
+        model: &str,
+        cpus: u32,
+        clock: Clock,
+        trace: Option<terem_cpu::Trace>,
+        translate: bool,
+    ) -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
         let bus = Arc::new(Bus::new(clock));
-        let model = CpuModel::find("terem64", &[]).unwrap();
-        let config =
-            SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
+        let model = CpuModel::find(model, &[]).unwrap();
+        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

@@ -26,11 +26,18 @@ const INCREMENT: u64 = 0x1405_7b7e;
 enum Then {
     Nothing,
     /// Patches the constant of the function at a linear address, if the mask's bits in `h` are 0.
-    Patch { at: u64, mask: u8 },
+    Patch {
+        at: u64,
+        mask: u8,
+    },
     /// Patches an `add rbx, imm32` that comes at once, likewise.
-    PatchNext { mask: u8 },
+    PatchNext {
+        mask: u8,
+    },
     /// Goes on in a function of the next page.
-    GoOn { slot: usize },
+    GoOn {
+        slot: usize,
+    },
 }
 
 fn next(seed: &mut u64) -> u64 {
@@ -92,7 +99,11 @@ impl Model {
 
     fn patch(&mut self, linear: u64) {
         for (i, byte) in (self.h as u32).to_le_bytes().into_iter().enumerate() {
-            let at = if linear >= WINDOW { self.physical(linear + i as u64) } else { (linear - PAGES) as usize + i };
+            let at = if linear >= WINDOW {
+                self.physical(linear + i as u64)
+            } else {
+                (linear - PAGES) as usize + i
+            };
             self.bytes[at] = byte;
         }
     }
@@ -132,8 +143,12 @@ impl Model {
 
 /// Writes the pages into the guest's memory; their model.
 fn pages(rig: &Rig, seed: &mut u64) -> Model {
-    let mut model =
-        Model { bytes: vec![0; (SWAPPED + 2) * 0x1000], then: Vec::new(), mapped: (0..SWAPPED + 2).collect(), h: 0 };
+    let mut model = Model {
+        bytes: vec![0; (SWAPPED + 2) * 0x1000],
+        then: Vec::new(),
+        mapped: (0..SWAPPED + 2).collect(),
+        h: 0,
+    };
     let mask = if next(seed) & 1 == 0 { 0x3f } else { 0xff };
     for page in 0..=SWAPPED {
         let then = std::array::from_fn(|slot| {

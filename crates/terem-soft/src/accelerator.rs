@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use terem_bus::{ApicBus, Bus, MsiSink};
 use terem_cpu::{
-    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, Stop, Topology, Trace, Vcpu,
-    VcpuState,
+    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, SmmState, Stop, Topology, Trace,
+    Vcpu, VcpuState,
 };
 use terem_memory::GuestMemory;
 
@@ -133,6 +133,7 @@ impl SoftAccelerator {
             steps_over: false,
             deferred: None,
             nmi_masked: false,
+            smm: fresh.smm,
             halted: false,
             waiting_for_start_up: false,
             shut_down: false,
@@ -200,8 +201,11 @@ impl Cpu {
         self.shadow_of_stack = false;
         self.deferred = None;
         self.nmi_masked = s.nmi_masked;
+        self.smm = s.smm;
         self.shut_down = false;
-        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
+        self.apic
+            .restore(&s.apic, s.nmi_pending, s.smm, &self.bus, self.tsc_offset)
+            .map_err(CpuError::State)?;
         self.blocks.clear();
         Ok(())
     }
@@ -255,6 +259,7 @@ impl Vcpu for Cpu {
     }
 
     fn save(&self) -> VcpuState {
+        let (smi, init) = self.apic.smi_and_init_pending();
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.gpr[..16]);
         VcpuState {
@@ -280,6 +285,7 @@ impl Vcpu for Cpu {
             interrupt_shadow: self.interrupt_shadow,
             nmi_masked: self.nmi_masked,
             nmi_pending: self.apic.nmi_pending(),
+            smm: SmmState { pending: smi, init_pending: init, ..self.smm },
         }
     }
 

@@ -36,6 +36,7 @@ mod op;
 mod probe;
 mod run;
 mod segment;
+mod smm;
 mod sse;
 mod stack;
 mod stats;

@@ -211,7 +211,8 @@ impl Cpu {
         Ok(())
     }
 
-    pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
+    /// The bits of CR4 that the model has.
+    pub(crate) fn known_cr4(&self) -> u64 {
         let f = &self.cpuid.model().features;
         let mut known = cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
         known |= cr4::OSFXSR | cr4::OSXMMEXCPT;
@@ -230,6 +231,11 @@ impl Cpu {
                 known |= bit;
             }
         }
+        known
+    }
+
+    pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
+        let known = self.known_cr4();
         let changed = self.cr4 ^ value;
         let pcid_on = changed & value & cr4::PCIDE != 0;
         let bad = value & !known != 0

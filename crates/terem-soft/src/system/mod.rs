@@ -7,7 +7,7 @@ mod ports;
 mod segments;
 mod transfer;
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
 use crate::decode::Mode;
@@ -16,6 +16,9 @@ use crate::op::{Handler, Op};
 
 /// Chooses the handler of a system instruction.
 pub(crate) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Handler> {
+    if insn.mnemonic() == Mnemonic::Rsm {
+        return Some(crate::smm::rsm);
+    }
     control::handler(insn, mode, op)
         .or_else(|| segments::handler(insn, mode, op))
         .or_else(|| transfer::handler(insn, mode, op))

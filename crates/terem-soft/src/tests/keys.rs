@@ -99,7 +99,7 @@ fn running_code_follows_pkru() {
                 rig.user();
             }
             rig.change(|s| s.cr4 |= cr4::PKE);
-            rig.put(PAGE_TABLE + 3 * 8, 5 << 59 | PAGES + 0x3000 | 0x67);
+            rig.put(PAGE_TABLE + 3 * 8, (5 << 59) + PAGES + 0x3067);
             let program = |a: &mut CodeAssembler| {
                 let (mut round, mut again) = (a.create_label(), a.create_label());
                 a.mov(rsi, PAGE)?;

@@ -12,6 +12,7 @@ mod msr;
 mod outside;
 mod paging;
 mod self_changes;
+mod smm;
 mod team;
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -87,6 +88,7 @@ impl Rig {
         Self::modelled("terem64", cpus, clock, trace, translate)
     }
 
+    /// A model and, after commas, what of it is switched on or off.
     fn modelled(
         model: &str,
         cpus: u32,
@@ -95,8 +97,11 @@ impl Rig {
         translate: bool,
     ) -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
+        let mut words = model.split(',');
+        let model = words.next().unwrap();
+        let flags: Vec<String> = words.map(str::to_owned).collect();
         let bus = Arc::new(Bus::new(clock));
-        let model = CpuModel::find(model, &[]).unwrap();
+        let model = CpuModel::find(model, &flags).unwrap();
         let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());

@@ -89,7 +89,7 @@ struct Model {
 impl Model {
     fn physical(&self, linear: u64) -> usize {
         let at = (linear - WINDOW) as usize;
-        self.mapped[at >> 12] * 0x1000 | at & 0xfff
+        (self.mapped[at >> 12] << 12) + (at & 0xfff)
     }
 
     fn constant(&self, linear: u64) -> u64 {

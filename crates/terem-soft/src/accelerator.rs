@@ -135,6 +135,7 @@ impl SoftAccelerator {
             nmi_masked: false,
             smm: fresh.smm,
             halted: false,
+            monitored: None,
             waiting_for_start_up: false,
             shut_down: false,
             id,
@@ -200,6 +201,7 @@ impl Cpu {
         self.interrupt_shadow = s.interrupt_shadow;
         self.shadow_of_stack = false;
         self.deferred = None;
+        self.monitored = None;
         self.nmi_masked = s.nmi_masked;
         self.smm = s.smm;
         self.shut_down = false;

@@ -169,6 +169,8 @@ pub struct Cpu {
     /// System management mode; what waits is the APIC's.
     pub(crate) smm: terem_cpu::SmmState,
     pub(crate) halted: bool,
+    /// The line that `mwait` is to wait for.
+    pub(crate) monitored: Option<crate::system::Monitored>,
     pub(crate) waiting_for_start_up: bool,
     /// The vCPU shut down (triple fault).
     pub(crate) shut_down: bool,

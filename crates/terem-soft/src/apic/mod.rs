@@ -10,6 +10,7 @@ mod system;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use terem_bus::{ApicBus, ApicMessage, Bus, DeliveryMode, Timer, locked};
 use terem_cpu::{ApicState, SmmState};
@@ -276,6 +277,17 @@ impl Apic {
         while !self.attention.load(Ordering::SeqCst) {
             r = self.wake.wait(r).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Sleeps for `time`, unless there may be something to do, or with `masked_too` an interrupt waits that cannot be
+    /// taken: false then.
+    pub(crate) fn doze(&self, time: Duration, masked_too: bool) -> bool {
+        let r = locked(&self.registers);
+        if self.attention.load(Ordering::SeqCst) || (masked_too && r.waits()) {
+            return false;
+        }
+        let r = self.wake.wait_timeout(r, time).map_or_else(|e| e.into_inner().0, |(r, _)| r);
+        !(self.attention.load(Ordering::SeqCst) || (masked_too && r.waits()))
     }
 
     /// Sends an inter-processor interrupt as an ICR value says.

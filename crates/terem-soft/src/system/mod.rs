@@ -2,6 +2,7 @@
 //! `syscall` and `sysenter`, MSRs, CPUID, ports, and everything privileged.
 
 mod control;
+mod monitor;
 mod msr;
 mod ports;
 mod segments;
@@ -20,11 +21,14 @@ pub(crate) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Han
         return Some(crate::smm::rsm);
     }
     control::handler(insn, mode, op)
+        .or_else(|| monitor::handler(insn, op))
         .or_else(|| segments::handler(insn, mode, op))
         .or_else(|| transfer::handler(insn, mode, op))
         .or_else(|| msr::handler(insn))
         .or_else(|| ports::handler(insn, mode, op))
 }
+
+pub(crate) use monitor::Monitored;
 
 impl Cpu {
     /// `#GP(0)` unless at privilege 0.

@@ -8,6 +8,7 @@ mod debug;
 mod events;
 mod keys;
 mod mappings;
+mod monitor;
 mod msr;
 mod outside;
 mod paging;

@@ -27,7 +27,12 @@ pub(super) struct Team {
 impl Team {
     /// Each vCPU is as [`Rig::new`] has it, with a stack of its own, and RDI is its number.
     pub(super) fn new(count: u32, translate: bool) -> Self {
-        let mut rig = Rig::made(count, Clock::manual(), None, translate);
+        Self::of("terem64", count, translate)
+    }
+
+    /// The same of a model, with flags after commas.
+    pub(super) fn of(model: &str, count: u32, translate: bool) -> Self {
+        let mut rig = Rig::modelled(model, count, Clock::manual(), None, translate);
         let state = rig.kernel_state();
         let prepared = |vcpu: &mut dyn Vcpu, id: u64| {
             let own = vcpu.save();

@@ -105,7 +105,7 @@ fn sse() -> Vec<Row> {
 
 /// Upper halves of the YMM registers, of which gdb makes the whole ones. Models without AVX have zeros there.
 fn avx() -> Vec<Row> {
-    let row = |n| (format!("ymm{n}h"), "uint128", 128, Place::Xsave(UPPERS + 16 * n, 16));
+    let row = |n: usize| (format!("ymm{n}h"), "uint128", 128, Place::Xsave(UPPERS + 16 * n, 16));
     (0..16).map(row).collect()
 }
 

@@ -10,7 +10,7 @@ use super::registers::{Bytes, Number, X86, names};
 /// A state in which no two registers have the same value.
 fn state() -> VcpuState {
     let mut s = VcpuState::power_on(0, true);
-    s.gpr = std::array::from_fn(|i| 0x1111_1111_1111_1111 * (i as u64 + 1));
+    s.gpr = std::array::from_fn(|i| 0x1111_1111_1111_1111_u64.wrapping_mul(i as u64 + 1));
     (s.rip, s.rflags) = (0xffff_ffff_8100_0000, 0x246);
     for (i, segment) in (0_u16..).zip(&mut s.segments) {
         (segment.selector, segment.base) = (i * 8 + 8, u64::from(i) * 0x10_0000);

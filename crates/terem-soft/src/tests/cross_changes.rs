@@ -13,7 +13,7 @@ const ACKNOWLEDGED: u64 = 0x4_00c0;
 /// The function that is changed, on page 2 of the window; written by the mapping of all memory to itself.
 const FUNCTION: u64 = WINDOW + 0x2003;
 const WRITTEN: u64 = PAGES + 0x2003;
-const ROUNDS: u32 = 200;
+const ROUNDS: u32 = 100;
 
 fn value(team: &Team, at: u64) -> u32 {
     team.rig.get(at) as u32
@@ -211,7 +211,7 @@ fn functions_written_by_one_run_on_another() {
             a.inc(dword_ptr(WRONG))?;
             a.set_label(&mut fine)?;
             a.inc(ebx)?;
-            a.cmp(ebx, ROUNDS as i32 * 4)?;
+            a.cmp(ebx, ROUNDS as i32 * 3)?;
             a.jbe(again)?;
             end(a)
         });

@@ -18,7 +18,7 @@ const FAULTS: u64 = 0x4_0100;
 /// The page of the window that is remapped.
 const PAGE: u64 = WINDOW + 0x2000;
 const ENTRY: u64 = PAGE_TABLE + 2 * 8;
-const ROUNDS: u32 = 150;
+const ROUNDS: u32 = 80;
 const SHOOT_DOWN: u32 = 0x50;
 
 fn value(team: &Team, at: u64) -> u32 {

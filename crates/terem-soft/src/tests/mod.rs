@@ -7,6 +7,7 @@ mod cross_changes;
 mod debug;
 mod events;
 mod keys;
+mod many;
 mod mappings;
 mod monitor;
 mod msr;

@@ -4,11 +4,12 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use terem_bus::Clock;
 use terem_cpu::{Accelerator, Stop, Vcpu, VcpuState};
+use terem_memory::vm_memory::{Bytes, GuestAddress};
 
-use super::{CODE, HANDLER_SIZE, HANDLERS, Rig, STACK};
+use super::{CODE, HANDLER_SIZE, HANDLERS, Rig, STACK, assemble};
 
 /// Where the program of a vCPU is: so far from one to the next, its stack likewise.
-const APART: u64 = 0x1000;
+const APART: u64 = 0x300;
 /// Handlers of vectors that a test brings itself.
 const OWN_HANDLERS: u64 = 0x3_0000;
 /// `IA32_X2APIC_EOI` and `IA32_X2APIC_ICR`.
@@ -57,7 +58,10 @@ impl Team {
 
     /// The program of a vCPU.
     pub(super) fn program(&self, id: u64, program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) {
-        self.rig.load(CODE + id * APART, program);
+        let at = CODE + id * APART;
+        let code = assemble(at, program);
+        assert!(code.len() as u64 <= APART, "the program of vCPU {id} has {} bytes", code.len());
+        self.rig.memory.write_slice(&code, GuestAddress(at)).unwrap();
     }
 
     /// A handler for a vector, which must save what it changes.

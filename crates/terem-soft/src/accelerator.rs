@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use terem_bus::{ApicBus, Bus, MsiSink};
 use terem_cpu::{
-    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, Stop, Topology, Trace, Vcpu,
-    VcpuState,
+    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, SmmState, Stop, Topology, Trace,
+    Vcpu, VcpuState,
 };
 use terem_memory::GuestMemory;
 
@@ -135,7 +135,9 @@ impl SoftAccelerator {
             steps_over: false,
             deferred: None,
             nmi_masked: false,
+            smm: fresh.smm,
             halted: false,
+            monitored: None,
             waiting_for_start_up: false,
             shut_down: false,
             id,
@@ -201,9 +203,13 @@ impl Cpu {
         self.interrupt_shadow = s.interrupt_shadow;
         self.shadow_of_stack = false;
         self.deferred = None;
+        self.monitored = None;
         self.nmi_masked = s.nmi_masked;
+        self.smm = s.smm;
         self.shut_down = false;
-        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
+        self.apic
+            .restore(&s.apic, s.nmi_pending, s.smm, &self.bus, self.tsc_offset)
+            .map_err(CpuError::State)?;
         self.blocks.clear();
         Ok(())
     }
@@ -256,6 +262,7 @@ impl Vcpu for Cpu {
     }
 
     fn save(&self) -> VcpuState {
+        let (smi, init) = self.apic.smi_and_init_pending();
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.gpr[..16]);
         VcpuState {
@@ -281,6 +288,7 @@ impl Vcpu for Cpu {
             interrupt_shadow: self.interrupt_shadow,
             nmi_masked: self.nmi_masked,
             nmi_pending: self.apic.nmi_pending(),
+            smm: SmmState { pending: smi, init_pending: init, ..self.smm },
         }
     }
 

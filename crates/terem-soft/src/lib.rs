@@ -37,6 +37,7 @@ mod op;
 mod probe;
 mod run;
 mod segment;
+mod smm;
 mod sse;
 mod stack;
 mod stats;

@@ -489,7 +489,13 @@ impl Cpu {
     fn mmio_store(&mut self, at: u64, size: u8, value: u64) {
         self.stats.mmio_accesses.add(1);
         match self.apic.mmio_offset(at) {
-            Some(offset) => self.apic.write(&self.bus, offset, value as u32),
+            Some(offset) => {
+                self.apic.write(&self.bus, offset, value as u32);
+                if self.apic.wants_attention() {
+                    // An interrupt to itself comes before the next instruction.
+                    self.op_end = std::ptr::null();
+                }
+            }
             None => self.bus.mmio.write(at, size, value),
         }
         self.trace_exit(|| Exit { port: false, address: at, size, write: true, value });

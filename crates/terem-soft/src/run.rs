@@ -174,6 +174,8 @@ impl Cpu {
             let accepts = Accepts {
                 interrupts: self.system_flags & rflags::IF != 0 && !held,
                 nmi: !self.nmi_masked && !held,
+                smi: !self.smm.active && !held,
+                init: !self.smm.active,
                 waiting_for_start_up: self.waiting_for_start_up,
             };
             let taken = match self.apic.next(accepts) {
@@ -185,6 +187,10 @@ impl Cpu {
                 Next::StartUp(page) => {
                     self.start_up(page);
                     continue;
+                }
+                Next::Smi => {
+                    self.enter_smm();
+                    Ok(())
                 }
                 Next::Nmi => {
                     self.nmi_masked = true;

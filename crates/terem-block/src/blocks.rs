@@ -30,7 +30,7 @@ use crate::node::{Answer, Image, Node};
 use crate::range_lock::RangeLock;
 use crate::{Format, IoError, OpenOptions};
 
-pub(crate) use table::{Entries, Table};
+pub(crate) use table::{Entries, Table, check_table};
 
 /// Where a block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -272,4 +272,14 @@ impl<M: BlockMap + 'static> Image for Blocks<M> {
     fn close(&self) -> Answer<'_> {
         Box::pin(self.close())
     }
+}
+
+/// Makes the file reach up to `end`, so that the last block lies in it whole. The new part reads as zeroes.
+pub(crate) async fn extend(file: &File, end: u64) -> Result<(), IoError> {
+    const SECTOR: u64 = 512;
+    if file.is_block_device() || file.len() >= end {
+        return Ok(());
+    }
+    let at = file.len().max(end.saturating_sub(SECTOR));
+    file.write_bytes(at, &[0; SECTOR as usize][..crate::file::to_usize(end - at)]).await
 }

@@ -8,7 +8,7 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions};
+use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -117,6 +117,8 @@ pub struct CreateOptions {
     pub backing_unchecked: bool,
     /// How much gets its place now.
     pub preallocation: Preallocation,
+    /// What only VDI images have.
+    pub vdi: VdiOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
     /// What only qcow2 has.
@@ -131,6 +133,7 @@ impl Default for CreateOptions {
             backing: None,
             backing_unchecked: false,
             preallocation: Preallocation::Off,
+            vdi: VdiOptions::default(),
             overwrite: false,
             qcow2: Qcow2Options::default(),
         }

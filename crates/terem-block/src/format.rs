@@ -19,10 +19,12 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VirtualBox's format.
+    Vdi,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 2] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER];
+static DRIVERS: [&Driver; 3] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::vdi::DRIVER];
 
 /// Finds what is wrong with an image.
 pub(crate) type Check = fn(&ImageFile) -> Result<CheckReport, OpenError>;
@@ -63,6 +65,15 @@ pub struct CreateOption {
     pub help: &'static str,
     /// Sets it from text, or says what would be right.
     pub set: fn(&mut CreateOptions, &str) -> Result<(), String>,
+}
+
+/// What `on` and `off` say in a [`CreateOption`].
+pub(crate) fn flag(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off".into()),
+    }
 }
 
 impl Format {

@@ -20,6 +20,9 @@ pub struct ImageInfo {
     pub virtual_size: u64,
     /// Bytes that the image takes on the host.
     pub actual_size: u64,
+    /// Bytes of the blocks in which the image gives place, if it has such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
     /// What only qcow2 images have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Info>,
@@ -114,6 +117,7 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
         format,
         virtual_size: 0,
         actual_size: meta.blocks() * 512,
+        cluster_size: None,
         qcow2: None,
     };
     (format.driver().describe)(&image, &mut info)?;

@@ -14,6 +14,8 @@
 
 mod backend;
 mod bench;
+mod blocks;
+mod bytes;
 mod chain;
 mod check;
 mod commit;
@@ -37,10 +39,13 @@ mod measure;
 mod node;
 mod options;
 mod picture;
+#[cfg(test)]
+mod power;
 mod probe;
 mod qcow2;
 mod range_lock;
 mod raw;
+mod vdi;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
@@ -63,3 +68,4 @@ pub use measure::{Measure, measure, measure_size};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};
 pub use terem_memory::{AlignedBuffer, IoMemory};
+pub use vdi::VdiOptions;

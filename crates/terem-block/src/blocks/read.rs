@@ -8,7 +8,12 @@ use crate::file::to_usize;
 
 impl<M: BlockMap> Blocks<M> {
     /// Fills `view` from `offset` on. Absent blocks are what is `below`, or zeroes.
-    pub(crate) async fn read(&self, offset: u64, view: View, below: Option<Below<'_>>) -> Result<(), IoError> {
+    pub(crate) async fn read(
+        &self,
+        offset: u64,
+        view: View,
+        below: Option<Below<'_>>,
+    ) -> Result<(), IoError> {
         let end = offset + view.len() as u64;
         let mut parts: Vec<(Run, View)> = Vec::new();
         let mut at = offset;

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use crate::IoError;
+use crate::chain::ImageFile;
 use crate::file::{File, to_usize};
 use crate::qcow2::{DirtyPart, TableCache};
+use crate::{IoError, OpenError};
 
 /// How entries are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +78,10 @@ impl Table {
         }
     }
 
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
     /// The first byte after it in the file.
     pub(crate) fn end(&self) -> u64 {
         self.start + self.count * self.entries.bytes()
@@ -116,9 +121,8 @@ impl Table {
     pub(crate) fn set(&self, index: u64, value: u64) -> Result<(), IoError> {
         let (page, at) = self.page_of(index);
         let range = at..at + to_usize(self.entries.bytes());
-        let changed = self
-            .cache
-            .change(page, range.clone(), |bytes| self.entries.encode(value, &mut bytes[range]));
+        let changed =
+            self.cache.change(page, range.clone(), |bytes| self.entries.encode(value, &mut bytes[range]));
         changed.ok_or_else(|| IoError::Corrupt("a table has gone".into()))
     }
 
@@ -151,4 +155,26 @@ impl Table {
         }
         Ok(())
     }
+}
+
+/// Calls `look` for each of `count` entries at `start` of an image that is not open.
+pub(crate) fn check_table(
+    image: &ImageFile,
+    entries: Entries,
+    start: u64,
+    count: u64,
+    mut look: impl FnMut(u64, u64),
+) -> Result<(), OpenError> {
+    const STEP: u64 = 1 << 18;
+    let mut index = 0;
+    while index < count {
+        let n = (STEP / entries.bytes()).min(count - index);
+        let bytes =
+            image.read(start + index * entries.bytes(), n * entries.bytes(), "its table of blocks")?;
+        for entry in bytes.chunks_exact(to_usize(entries.bytes())) {
+            look(index, entries.decode(entry));
+            index += 1;
+        }
+    }
+    Ok(())
 }

@@ -35,12 +35,7 @@ impl<M: BlockMap> Blocks<M> {
     }
 
     /// As [`Self::write`], for who may give these blocks a place.
-    async fn write_placing(
-        &self,
-        offset: u64,
-        view: &View,
-        below: Option<Below<'_>>,
-    ) -> Result<(), IoError> {
+    async fn write_placing(&self, offset: u64, view: &View, below: Option<Below<'_>>) -> Result<(), IoError> {
         let (end, size) = (offset + view.len() as u64, self.map.block_size());
         let mut at = offset;
         while at < end {

@@ -304,6 +304,7 @@ fn place_clusters(path: &Path, from: u64, preallocation: Preallocation) -> Resul
 fn describe(tables: &Tables, bitmaps: &[Bitmap], info: &mut ImageInfo) {
     let header = tables.header();
     info.virtual_size = header.size;
+    info.cluster_size = Some(header.cluster_size());
     info.qcow2 = Some(Qcow2Info {
         version: header.version,
         cluster_size: header.cluster_size(),

@@ -19,6 +19,7 @@
 //!   looking through the table, and uses the lost ones again where it can.
 
 mod read;
+mod regions;
 mod table;
 mod write;
 
@@ -30,6 +31,7 @@ use crate::node::{Answer, Image, Node};
 use crate::range_lock::RangeLock;
 use crate::{Format, IoError, OpenOptions};
 
+pub(crate) use regions::Regions;
 pub(crate) use table::{Entries, Table, check_table};
 
 /// Where a block is.
@@ -75,6 +77,11 @@ pub(crate) trait BlockMap {
 
     /// To be called before anything is changed.
     async fn begin_write(&self) -> Result<(), IoError> {
+        Ok(())
+    }
+
+    /// To be called before a block that has its place is written there.
+    async fn before_write(&self, _block: u64, _host: u64) -> Result<(), IoError> {
         Ok(())
     }
 
@@ -272,14 +279,4 @@ impl<M: BlockMap + 'static> Image for Blocks<M> {
     fn close(&self) -> Answer<'_> {
         Box::pin(self.close())
     }
-}
-
-/// Makes the file reach up to `end`, so that the last block lies in it whole. The new part reads as zeroes.
-pub(crate) async fn extend(file: &File, end: u64) -> Result<(), IoError> {
-    const SECTOR: u64 = 512;
-    if file.is_block_device() || file.len() >= end {
-        return Ok(());
-    }
-    let at = file.len().max(end.saturating_sub(SECTOR));
-    file.write_bytes(at, &[0; SECTOR as usize][..crate::file::to_usize(end - at)]).await
 }

@@ -8,7 +8,7 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions};
+use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -119,6 +119,8 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// What only VDI images have.
     pub vdi: VdiOptions,
+    /// What only VHD images have.
+    pub vhd: VhdOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
     /// What only qcow2 has.
@@ -134,6 +136,7 @@ impl Default for CreateOptions {
             backing_unchecked: false,
             preallocation: Preallocation::Off,
             vdi: VdiOptions::default(),
+            vhd: VhdOptions::default(),
             overwrite: false,
             qcow2: Qcow2Options::default(),
         }

@@ -21,10 +21,14 @@ pub enum Format {
     Qcow2,
     /// VirtualBox's format.
     Vdi,
+    /// The format of Virtual PC and Hyper-V, which QEMU calls `vpc`.
+    #[serde(rename = "vpc", alias = "vhd")]
+    Vhd,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 3] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::vdi::DRIVER];
+static DRIVERS: [&Driver; 4] =
+    [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::vdi::DRIVER, &crate::vhd::DRIVER];
 
 /// Finds what is wrong with an image.
 pub(crate) type Check = fn(&ImageFile) -> Result<CheckReport, OpenError>;

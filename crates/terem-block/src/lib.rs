@@ -29,6 +29,7 @@ mod executor;
 mod exercise;
 mod extent;
 mod file;
+mod flat;
 mod format;
 mod info;
 #[cfg(test)]
@@ -46,6 +47,7 @@ mod qcow2;
 mod range_lock;
 mod raw;
 mod vdi;
+mod vhd;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
@@ -69,3 +71,4 @@ pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};
 pub use terem_memory::{AlignedBuffer, IoMemory};
 pub use vdi::VdiOptions;
+pub use vhd::VhdOptions;

@@ -5,6 +5,11 @@ use crate::IoError;
 use crate::engine::View;
 use crate::file::to_usize;
 
+/// Up to this many zeroes at the end of the file are written with the data before them.
+const INLINE_ZEROES: usize = 64 << 10;
+/// For larger blocks only the last sector is: blocks lie in the file whole.
+const SECTOR: u64 = 512;
+
 impl<M: BlockMap> Blocks<M> {
     /// Writes `view` at `offset`.
     pub(crate) async fn write(
@@ -23,7 +28,7 @@ impl<M: BlockMap> Blocks<M> {
             let run = self.run(at, end - at).await?;
             let part = view.part(to_usize(at - offset), to_usize(run.length));
             match run.place {
-                Place::Data(host) => self.map.file().write(host, &[part]).await?,
+                Place::Data(host) => self.write_in_place(host, at, part).await?,
                 _ => {
                     let _mine = self.placing.exclusive(self.blocks(at, run.length)).await;
                     self.write_placing(at, &part, below).await?;
@@ -32,6 +37,17 @@ impl<M: BlockMap> Blocks<M> {
             at += run.length;
         }
         Ok(())
+    }
+
+    /// Writes `view`, which belongs at `offset` of the disk, to `host`.
+    async fn write_in_place(&self, host: u64, offset: u64, view: View) -> Result<(), IoError> {
+        let size = self.map.block_size();
+        let blocks = self.blocks(offset, view.len() as u64);
+        let first = host - offset % size;
+        for block in blocks.clone() {
+            self.map.before_write(block, first + (block - blocks.start) * size).await?;
+        }
+        self.map.file().write(host, &[view]).await
     }
 
     /// As [`Self::write`], for who may give these blocks a place.
@@ -43,7 +59,7 @@ impl<M: BlockMap> Blocks<M> {
             let next = match run.place {
                 Place::Data(host) => {
                     let part = view.part(to_usize(at - offset), to_usize(run.length));
-                    self.map.file().write(host, &[part]).await?;
+                    self.write_in_place(host, at, part).await?;
                     at + run.length
                 }
                 _ if self.map.packs() => {
@@ -99,8 +115,16 @@ impl<M: BlockMap> Blocks<M> {
         }
         if let Some(rest) = self.surroundings(end, tail, below).await? {
             views.push(rest);
-        } else if tail > 0 && after < len {
-            file.write_zeroes(after, tail.min(len - after), true).await?;
+        } else if tail > 0 {
+            if after < len {
+                file.write_zeroes(after, tail.min(len - after), true).await?;
+            }
+            if after + tail > len && to_usize(tail) <= INLINE_ZEROES {
+                views.push(View::zeroed(to_usize(tail)));
+            } else if after + tail > len {
+                // Before anything refers to it: later, someone may be writing there.
+                file.write_bytes(after + tail - SECTOR, &[0; 512]).await?;
+            }
         }
         file.write(start, &views).await
     }

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 
 use super::header::{BLOCKS_ALLOCATED_AT, DISCARDED, Header};
-use crate::blocks::{BlockMap, Entries, Place, Table, extend};
+use crate::blocks::{BlockMap, Entries, Place, Table};
 use crate::file::{File, to_usize};
 use crate::range_lock::RangeLock;
 use crate::{Format, IoError, OpenOptions};
@@ -149,12 +149,9 @@ impl BlockMap for VdiMap {
         let _one = self.writing.all().await;
         let (parts, used) = (self.table.take_dirty(), self.used.get());
         let work = async {
-            if !parts.is_empty() {
-                extend(&self.file, self.host(used)).await?;
-                if self.counted.get() != used {
-                    let count = u32::try_from(used).unwrap_or(u32::MAX);
-                    self.file.write_bytes(BLOCKS_ALLOCATED_AT, &count.to_le_bytes()).await?;
-                }
+            if !parts.is_empty() && self.counted.get() != used {
+                let count = u32::try_from(used).unwrap_or(u32::MAX);
+                self.file.write_bytes(BLOCKS_ALLOCATED_AT, &count.to_le_bytes()).await?;
             }
             self.file.sync().await?;
             for (at, bytes) in &parts {

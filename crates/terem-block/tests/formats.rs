@@ -1,0 +1,183 @@
+//! The formats of other programs, against QEMU's tools both ways: what they make is read right, and what is written is read right by them.
+#![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small")]
+#![allow(clippy::panic, reason = "a panic is how a test fails")]
+
+mod peer;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peer::{Model, Random, Scratch, run, str, try_run};
+use terem_block::{AioEngine, BlockBackend, Cache, CreateOptions, Disk, Format, OpenOptions, create};
+
+const MIB: u64 = 1 << 20;
+
+/// A way to make an image.
+struct Shape {
+    format: Format,
+    /// As for `qemu-img create -o`.
+    options: &'static str,
+    size: u64,
+    /// Bytes of a block, for the length of requests.
+    unit: u64,
+}
+
+const fn shape(format: Format, options: &'static str, size: u64, unit: u64) -> Shape {
+    Shape { format, options, size, unit }
+}
+
+const SHAPES: &[Shape] = &[
+    shape(Format::Vdi, "", 5 * MIB, MIB),
+    shape(Format::Vdi, "", 3 * MIB + 512, MIB),
+    shape(Format::Vdi, "static=on", 5 * MIB, MIB),
+    shape(Format::Vhd, "", 5 * MIB, 2 * MIB),
+    shape(Format::Vhd, "force_size=on", 5 * MIB + 512, 2 * MIB),
+    shape(Format::Vhd, "subformat=fixed,force_size=on", 3 * MIB, MIB),
+    shape(Format::Vhd, "subformat=fixed", 3 * MIB, MIB),
+];
+
+fn options(format: Format, aio: AioEngine) -> OpenOptions {
+    OpenOptions { format: Some(format), cache: Cache::Unsafe, ..peer::options(aio) }
+}
+
+fn qemu_create(image: &Path, shape: &Shape) {
+    let size = shape.size.to_string();
+    let mut args = vec!["create", "-q", "-f", shape.format.name()];
+    if !shape.options.is_empty() {
+        args.extend(["-o", shape.options]);
+    }
+    args.extend([str(image), &size]);
+    run("qemu-img", &args);
+}
+
+fn our_create(image: &Path, shape: &Shape) {
+    let mut options = CreateOptions { overwrite: true, ..CreateOptions::new(shape.format, shape.size) };
+    for setting in shape.options.split(',').filter(|s| !s.is_empty()) {
+        let (name, value) = setting.split_once('=').expect("name=value");
+        let known = shape.format.create_options();
+        let option = known.iter().find(|o| o.name == name).unwrap_or_else(|| panic!("no option {name}"));
+        (option.set)(&mut options, value).expect("a good value");
+    }
+    create(image, &options).expect("made");
+}
+
+/// `qemu-img check`, where it can, and our own.
+fn assert_clean(format: Format, image: &Path) {
+    let out = try_run("qemu-img", &["check", "-f", format.name(), str(image)]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    // 63: this format has no check.
+    assert!(matches!(out.status.code(), Some(0 | 63)), "{}: {text}", out.status);
+    let report = terem_block::check(image, Some(format)).expect("checked");
+    assert!(report.is_clean(), "{report:?}");
+}
+
+/// QEMU must read what the model says.
+fn assert_qemu_reads(scratch: &Scratch, format: Format, image: &Path, model: &Model) {
+    let raw = scratch.write("model.raw", &model.0);
+    run("qemu-img", &["compare", "-f", "raw", "-F", format.name(), str(&raw), str(image)]);
+}
+
+/// Random requests by us and by QEMU in turns; after each turn both must read what the model says.
+fn exercise(scratch: &Scratch, image: &Path, shape: &Shape, model: &mut Model, seed: u64) {
+    let mut random = Random(seed);
+    for turn in 0..3 {
+        let aio = if (seed + turn).is_multiple_of(2) { AioEngine::Auto } else { AioEngine::Threads };
+        let disk = Disk::open(image, &options(shape.format, aio)).expect("opened");
+        assert_eq!(disk.size(), model.0.len() as u64);
+        model.assert_equals(&disk);
+        if turn == 1 {
+            drop(disk);
+            qemu_steps(image, shape.format, model, &mut random);
+            continue;
+        }
+        for _ in 0..40 {
+            model.step(&disk, &mut random, shape.unit);
+        }
+        model.assert_equals(&disk);
+        disk.close().expect("closed");
+        assert_clean(shape.format, image);
+        assert_qemu_reads(scratch, shape.format, image, model);
+    }
+}
+
+/// Some writes by qemu-io.
+fn qemu_steps(image: &Path, format: Format, model: &mut Model, random: &mut Random) {
+    let mut args = vec!["-f".to_owned(), format.name().to_owned()];
+    for _ in 0..8 {
+        let size = model.0.len() as u64;
+        let length = 512 * (1 + random.below(300));
+        let offset = 512 * random.below((size - length) / 512);
+        let value = random.below(255) as u8;
+        args.extend(["-c".to_owned(), format!("write -P {value} {offset} {length}")]);
+        model.0[offset as usize..(offset + length) as usize].fill(value);
+    }
+    args.push(str(image).to_owned());
+    run("qemu-io", &args.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// What the disk's size became, which may be rounded.
+fn new_model(image: &Path, shape: &Shape) -> Model {
+    let info = terem_block::info(image, Some(shape.format)).expect("info");
+    assert_eq!(info.format, shape.format);
+    let text = run("qemu-img", &["info", "-f", shape.format.name(), "--output=json", str(image)]);
+    let qemu: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(qemu["virtual-size"], info.virtual_size, "{}", shape.options);
+    assert_eq!(qemu["cluster-size"].as_u64(), info.cluster_size, "{}", shape.options);
+    Model(vec![0; info.virtual_size as usize])
+}
+
+fn with_format(format: Format) {
+    let scratch = Scratch::new();
+    for (i, shape) in SHAPES.iter().enumerate().filter(|(_, shape)| shape.format == format) {
+        eprintln!("{} {}", format.name(), shape.options);
+        let theirs = scratch.path(&format!("theirs{i}.{}", format.name()));
+        qemu_create(&theirs, shape);
+        let mut model = new_model(&theirs, shape);
+        exercise(&scratch, &theirs, shape, &mut model, i as u64);
+        let ours = scratch.path(&format!("ours{i}.{}", format.name()));
+        our_create(&ours, shape);
+        assert_clean(format, &ours);
+        let mut model = new_model(&ours, shape);
+        exercise(&scratch, &ours, shape, &mut model, 100 + i as u64);
+        converted(&scratch, shape, &model);
+    }
+}
+
+/// qemu-img converts to an image that we read, and we to one that it reads.
+fn converted(scratch: &Scratch, shape: &Shape, model: &Model) {
+    let (name, raw) = (shape.format.name(), scratch.write("source.raw", &model.0));
+    let theirs: PathBuf = scratch.path(&format!("converted.{name}"));
+    let mut args = vec!["convert", "-f", "raw", "-O", name];
+    if !shape.options.is_empty() {
+        args.extend(["-o", shape.options]);
+    }
+    args.extend([str(&raw), str(&theirs)]);
+    run("qemu-img", &args);
+    let disk = Disk::open(&theirs, &options(shape.format, AioEngine::Auto)).expect("opened");
+    let got = peer::read(&disk, 0, model.0.len()).expect("read");
+    assert!(got == model.0, "{name} {}: another disk", shape.options);
+    drop(disk);
+
+    let ours = scratch.path(&format!("ours.{name}"));
+    our_create(&ours, &Shape { size: model.0.len() as u64, ..*shape });
+    let disk = Disk::open(&ours, &options(shape.format, AioEngine::Auto)).expect("opened");
+    for (i, piece) in model.0.chunks(MIB as usize).enumerate() {
+        if piece.iter().any(|&b| b != 0) {
+            peer::write(&disk, i as u64 * MIB, piece).expect("written");
+        }
+    }
+    disk.close().expect("closed");
+    assert_clean(shape.format, &ours);
+    assert_qemu_reads(scratch, shape.format, &ours, model);
+    fs::remove_file(&ours).expect("removed");
+}
+
+#[test]
+fn vdi() {
+    with_format(Format::Vdi);
+}
+
+#[test]
+fn vhd() {
+    with_format(Format::Vhd);
+}

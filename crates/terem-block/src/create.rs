@@ -8,7 +8,7 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions};
+use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions, VhdxOptions};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -121,6 +121,8 @@ pub struct CreateOptions {
     pub vdi: VdiOptions,
     /// What only VHD images have.
     pub vhd: VhdOptions,
+    /// What only VHDX images have.
+    pub vhdx: VhdxOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
     /// What only qcow2 has.
@@ -137,6 +139,7 @@ impl Default for CreateOptions {
             preallocation: Preallocation::Off,
             vdi: VdiOptions::default(),
             vhd: VhdOptions::default(),
+            vhdx: VhdxOptions::default(),
             overwrite: false,
             qcow2: Qcow2Options::default(),
         }

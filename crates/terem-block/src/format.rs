@@ -24,11 +24,18 @@ pub enum Format {
     /// The format of Virtual PC and Hyper-V, which QEMU calls `vpc`.
     #[serde(rename = "vpc", alias = "vhd")]
     Vhd,
+    /// Hyper-V's format.
+    Vhdx,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 4] =
-    [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::vdi::DRIVER, &crate::vhd::DRIVER];
+static DRIVERS: [&Driver; 5] = [
+    &crate::raw::DRIVER,
+    &crate::qcow2::DRIVER,
+    &crate::vdi::DRIVER,
+    &crate::vhd::DRIVER,
+    &crate::vhdx::DRIVER,
+];
 
 /// Finds what is wrong with an image.
 pub(crate) type Check = fn(&ImageFile) -> Result<CheckReport, OpenError>;
@@ -78,6 +85,18 @@ pub(crate) fn flag(text: &str) -> Result<bool, String> {
         "off" => Ok(false),
         _ => Err("on or off".into()),
     }
+}
+
+/// What a [`CreateOption`] says in bytes, or in KiB, MiB or GiB with `K`, `M` or `G` after the number.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number = digits.parse().ok().and_then(|n: u64| n.checked_mul(1 << shift));
+    number.ok_or_else(|| format!("{text} is no number of bytes"))
 }
 
 impl Format {

@@ -48,6 +48,7 @@ mod range_lock;
 mod raw;
 mod vdi;
 mod vhd;
+mod vhdx;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
@@ -72,3 +73,4 @@ pub use picture::{FileRun, FileUse, file_map};
 pub use terem_memory::{AlignedBuffer, IoMemory};
 pub use vdi::VdiOptions;
 pub use vhd::VhdOptions;
+pub use vhdx::VhdxOptions;

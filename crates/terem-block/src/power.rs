@@ -11,7 +11,7 @@ use crate::chain::open_chain;
 use crate::engine::Engine;
 use crate::executor::{Executor, LocalFuture, join_all};
 use crate::node::Node;
-use crate::{AioEngine, Disk, Format, IoError, Op, OpenOptions, journal};
+use crate::{AioEngine, BlockBackend, Disk, Format, IoError, Op, OpenOptions, journal};
 
 pub(crate) const SIZE: u64 = 1 << 20;
 pub(crate) const SECTOR: u64 = 512;
@@ -71,12 +71,13 @@ pub(crate) const INITIAL: u8 = 0x11;
 
 /// Random requests, some of them side by side.
 pub(crate) async fn work(node: &Node, random: &mut Random, history: &mut History) {
+    let size = node.size();
     for _ in 0..40 {
         let mut requests: Vec<LocalFuture<'_, Result<(), IoError>>> = Vec::new();
         let lanes = 1 + random.below(3);
         for lane in 0..lanes {
             // Side by side in their own parts of the disk, so that the outcome is known.
-            let part = SIZE / lanes / SECTOR * SECTOR;
+            let part = size / lanes / SECTOR * SECTOR;
             let most = if random.below(3) == 0 { 200 } else { 8 };
             let length = SECTOR * (1 + random.below(most));
             let offset = lane * part + SECTOR * random.below((part - length) / SECTOR);
@@ -111,7 +112,7 @@ pub(crate) fn fill(image: &Path, format: Format, really: bool) -> u8 {
     }
     let options = OpenOptions { format: Some(format), ..OpenOptions::default() };
     let disk = Disk::open(image, &options).expect("opened");
-    let bytes = vec![INITIAL; usize::try_from(SIZE).expect("small")];
+    let bytes = vec![INITIAL; usize::try_from(disk.size()).expect("small")];
     disk.run(Op::Write { offset: 0, memory: Arc::new(AlignedBuffer::from_slice(&bytes)) }).expect("written");
     disk.close().expect("closed");
     INITIAL
@@ -156,7 +157,7 @@ pub(crate) fn cut_power(
 pub(crate) fn verify_contents(image: &Path, format: Format, allowed: &Allowed, initial: u8, cut: usize) {
     let options = OpenOptions { aio: AioEngine::Threads, format: Some(format), ..OpenOptions::read_only() };
     let disk = Disk::open(image, &options).expect("opened");
-    let memory = Arc::new(AlignedBuffer::new(usize::try_from(SIZE).expect("small")));
+    let memory = Arc::new(AlignedBuffer::new(usize::try_from(disk.size()).expect("small")));
     disk.run(Op::Read { offset: 0, memory: Arc::clone(&memory) as Arc<dyn crate::IoMemory> }).expect("read");
     for (sector, bytes) in memory.to_vec().chunks(512).enumerate() {
         let initial = [initial];

@@ -34,6 +34,10 @@ const SHAPES: &[Shape] = &[
     shape(Format::Vhd, "force_size=on", 5 * MIB + 512, 2 * MIB),
     shape(Format::Vhd, "subformat=fixed,force_size=on", 3 * MIB, MIB),
     shape(Format::Vhd, "subformat=fixed", 3 * MIB, MIB),
+    shape(Format::Vhdx, "block_size=1M", 5 * MIB, MIB),
+    shape(Format::Vhdx, "block_size=1M,block_state_zero=off", 5 * MIB + 512, MIB),
+    shape(Format::Vhdx, "block_size=2M,log_size=2M", 5 * MIB, 2 * MIB),
+    shape(Format::Vhdx, "subformat=fixed", 9 * MIB, MIB),
 ];
 
 fn options(format: Format, aio: AioEngine) -> OpenOptions {
@@ -180,4 +184,9 @@ fn vdi() {
 #[test]
 fn vhd() {
     with_format(Format::Vhd);
+}
+
+#[test]
+fn vhdx() {
+    with_format(Format::Vhdx);
 }

@@ -24,6 +24,7 @@ mod table;
 mod write;
 
 use std::cell::Cell;
+use std::rc::Rc;
 
 use crate::extent::{Extent, ExtentKind};
 use crate::file::File;
@@ -99,7 +100,7 @@ pub(crate) trait BlockMap {
     async fn write_back(&self) -> Result<(), IoError>;
 
     /// The contents of a compressed block.
-    async fn unpack(&self, _host: u64) -> Result<Vec<u8>, IoError> {
+    async fn unpack(&self, _host: u64) -> Result<Rc<Vec<u8>>, IoError> {
         Err(IoError::Os(libc::ENOTSUP))
     }
 

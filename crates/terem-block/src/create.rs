@@ -8,7 +8,10 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions, VhdxOptions};
+use crate::{
+    AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions, VhdxOptions,
+    VmdkOptions,
+};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -123,6 +126,8 @@ pub struct CreateOptions {
     pub vhd: VhdOptions,
     /// What only VHDX images have.
     pub vhdx: VhdxOptions,
+    /// What only VMDK images have.
+    pub vmdk: VmdkOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
     /// What only qcow2 has.
@@ -140,6 +145,7 @@ impl Default for CreateOptions {
             vdi: VdiOptions::default(),
             vhd: VhdOptions::default(),
             vhdx: VhdxOptions::default(),
+            vmdk: VmdkOptions::default(),
             overwrite: false,
             qcow2: Qcow2Options::default(),
         }

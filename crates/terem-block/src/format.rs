@@ -26,15 +26,18 @@ pub enum Format {
     Vhd,
     /// Hyper-V's format.
     Vhdx,
+    /// VMware's format.
+    Vmdk,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 5] = [
+static DRIVERS: [&Driver; 6] = [
     &crate::raw::DRIVER,
     &crate::qcow2::DRIVER,
     &crate::vdi::DRIVER,
     &crate::vhd::DRIVER,
     &crate::vhdx::DRIVER,
+    &crate::vmdk::DRIVER,
 ];
 
 /// Finds what is wrong with an image.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::{Format, OpenError};
+use crate::{Format, OpenError, VmdkInfo};
 
 /// Facts about an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -26,6 +26,9 @@ pub struct ImageInfo {
     /// What only qcow2 images have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Info>,
+    /// What only VMDK images have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmdk: Option<VmdkInfo>,
 }
 
 /// Facts about a qcow2 image.
@@ -119,6 +122,7 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
         actual_size: meta.blocks() * 512,
         cluster_size: None,
         qcow2: None,
+        vmdk: None,
     };
     (format.driver().describe)(&image, &mut info)?;
     Ok(info)

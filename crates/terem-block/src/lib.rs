@@ -49,6 +49,7 @@ mod raw;
 mod vdi;
 mod vhd;
 mod vhdx;
+mod vmdk;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
@@ -74,3 +75,4 @@ pub use terem_memory::{AlignedBuffer, IoMemory};
 pub use vdi::VdiOptions;
 pub use vhd::VhdOptions;
 pub use vhdx::VhdxOptions;
+pub use vmdk::{VmdkExtent, VmdkInfo, VmdkOptions, VmdkSubformat};

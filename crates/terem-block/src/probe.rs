@@ -6,10 +6,8 @@ use crate::Format;
 pub(crate) const HEAD: usize = 512;
 
 /// Signatures of image formats that are none of ours: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 6] = [
-    (0, b"KDMV", "vmdk"),
+const FOREIGN: [(usize, &[u8], &str); 4] = [
     (0, b"COWD", "vmdk (ESX)"),
-    (0, b"# Disk DescriptorFile", "vmdk (descriptor)"),
     (0, b"QED\0", "qed"),
     (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),

@@ -60,7 +60,7 @@ pub use convert::{ConvertOptions, Progress, convert, export, import};
 pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
 pub use error::OpenError;
-pub use exercise::exercise_qcow2;
+pub use exercise::{exercise_pieces, exercise_qcow2};
 pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};

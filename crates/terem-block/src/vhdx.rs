@@ -23,6 +23,7 @@ mod map;
 mod metadata;
 mod open;
 mod region;
+mod reseal;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,7 @@ use crate::node::Node;
 use crate::{CreateOptions, Format};
 
 pub use create::VhdxOptions;
+pub(crate) use reseal::reseal;
 
 pub(crate) static DRIVER: Driver = Driver {
     format: Format::Vhdx,

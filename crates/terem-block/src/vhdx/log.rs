@@ -11,7 +11,7 @@ use crate::file::to_usize;
 
 /// Bytes of a sector of the log, and of a page that it changes.
 pub(super) const SECTOR: usize = 4096;
-const ENTRY: &[u8] = b"loge";
+pub(super) const ENTRY: &[u8] = b"loge";
 const DESCRIPTOR: &[u8] = b"desc";
 const ZERO: &[u8] = b"zero";
 const DATA: &[u8] = b"data";

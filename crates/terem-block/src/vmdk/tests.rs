@@ -206,7 +206,7 @@ fn with(seed: u64, kind: Kind, filled: bool) {
         initial = fill(&parent, Format::Vmdk, true);
         let options = CreateOptions {
             backing: Some(BackingFile { path: "parent.vmdk".into(), format: Format::Vmdk }),
-            vmdk: VmdkOptions { zeroed_grain: seed % 2 == 0, ..VmdkOptions::default() },
+            vmdk: VmdkOptions { zeroed_grain: seed.is_multiple_of(2), ..VmdkOptions::default() },
             ..CreateOptions::new(Format::Vmdk, SIZE)
         };
         create(&image, &options).expect("made");

@@ -204,7 +204,7 @@ fn with(seed: u64, filled: bool) {
     let dir = tempfile::tempdir().expect("a directory");
     let (image, cut) = (dir.path().join("image.vhdx"), dir.path().join("cut.vhdx"));
     // Blocks cannot be smaller than 1 MiB.
-    make(&image, 8 << 20);
+    make(&image, 4 << 20);
     let initial = fill(&image, Format::Vhdx, filled);
     cut_power(seed, &image, Format::Vhdx, initial, &cut, |image, allowed, cut| {
         // As it was left, with what is in the log.
@@ -228,8 +228,7 @@ fn with(seed: u64, filled: bool) {
 #[test]
 fn the_power_may_fail() {
     with(1, false);
-    with(2, false);
-    with(3, true);
+    with(2, true);
 }
 
 /// The table is lost between the log and its place: it comes back from the log, for us and for QEMU, whether the image is

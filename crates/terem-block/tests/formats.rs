@@ -304,3 +304,36 @@ fn vmdk_extents_stay_beside_the_descriptor() {
     let disk = open("RW 4 FLAT \"flat\" 4\nRW 4 ZERO").expect("opened");
     assert_eq!(peer::read(&disk, 0, 4096).expect("read"), [[8; 2048], [0; 2048]].concat());
 }
+
+/// A place that was lost in a crash is used again, without what was written there.
+#[test]
+fn lost_places_come_back_empty() {
+    let scratch = Scratch::new();
+    for (format, setting) in [
+        (Format::Vdi, "static=off"),
+        (Format::Vhd, "force_size=on"),
+        (Format::Vhdx, "block_size=1M"),
+        (Format::Vmdk, "zeroed_grain=off"),
+    ] {
+        let image = scratch.path(&format!("lost.{}", format.name()));
+        our_create(&image, &shape(format, setting, 4 * MIB, MIB));
+        let options = peer::options(AioEngine::Threads);
+        let disk = Disk::open(&image, &options).expect("opened");
+        peer::write(&disk, 0, &vec![0xee; 3 * MIB as usize]).expect("written");
+        disk.abandon();
+        let length = fs::metadata(&image).expect("there").len();
+        let disk = Disk::open(&image, &options).expect("opened");
+        assert_eq!(peer::read(&disk, 0, 4 * MIB as usize).expect("read"), vec![0; 4 * MIB as usize]);
+        let mut model = Model(vec![0; 4 * MIB as usize]);
+        for at in [MIB as usize + 1000, 2 * MIB as usize + 70_000, 100] {
+            peer::write(&disk, at as u64, &[0x11; 5000]).expect("written");
+            model.0[at..at + 5000].fill(0x11);
+        }
+        model.assert_equals(&disk);
+        disk.close().expect("closed");
+        assert_eq!(terem_block::check(&image, None).expect("checked").errors, 0);
+        assert_qemu_reads(&scratch, format, &image, &model);
+        let now = fs::metadata(&image).expect("there").len();
+        assert!(now <= length + 512, "{}: {length} bytes became {now}", format.name());
+    }
+}

@@ -107,22 +107,25 @@ impl VhdxMap {
         Ok(())
     }
 
-    /// Writes pages of the table through the log.
+    /// Writes pages of the table through the log. All that was written before must be durable. Afterwards the log is;
+    /// the pages themselves will be with the next sync, before which the log does not change.
     async fn write_pages(&self, pages: &[(u64, Vec<u8>)]) -> Result<(), IoError> {
         let (name, log_offset, log_length) = {
             let header = self.header.borrow();
             (header.log_guid, header.log_offset, header.log_length)
         };
-        for pages in pages.chunks(pages_in(log_length).max(1)) {
+        for (i, pages) in pages.chunks(pages_in(log_length).max(1)).enumerate() {
+            if i > 0 {
+                self.file.sync().await?;
+            }
+            // What the entry before changed is durable by now, so this one may take its place in the log.
             let sequence = self.sequence.get();
             self.sequence.set(sequence.wrapping_add(1));
-            // The entry before was put in its place, so this one may take its place in the log.
             self.file.write_bytes(log_offset, &entry(pages, &name, sequence, self.length)).await?;
             self.file.sync().await?;
             for (at, bytes) in pages {
                 self.file.write_bytes(*at, bytes).await?;
             }
-            self.file.sync().await?;
         }
         Ok(())
     }
@@ -221,6 +224,7 @@ impl BlockMap for VhdxMap {
 
     async fn close(&self) -> Result<(), IoError> {
         if self.started.get() {
+            self.file.sync().await?;
             self.update_headers(|header| header.log_guid = guid::NONE).await?;
             self.started.set(false);
         }

@@ -250,7 +250,13 @@ impl<M: BlockMap + 'static> Image for Blocks<M> {
     }
 
     fn unit(&self) -> u64 {
-        self.map.block_size()
+        // Of larger blocks, parts can be written as well: the rest of a new one is a hole.
+        const MOST: u64 = 2 << 20;
+        self.map.block_size().min(MOST)
+    }
+
+    fn plain_data(&self) -> Option<&File> {
+        Some(self.map.file())
     }
 
     fn read(&self, offset: u64, view: crate::engine::View) -> Answer<'_> {

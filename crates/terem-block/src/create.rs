@@ -166,7 +166,11 @@ impl CreateOptions {
 /// [`OpenError`]: the file exists or is in use, the options contradict each other, the backing file
 /// cannot be opened, or writing failed. A file that was begun is removed.
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), OpenError> {
-    let path = path.as_ref();
+    create_as(path.as_ref(), path.as_ref(), options)
+}
+
+/// As [`create`], for an image that will be renamed to `name` when it is complete.
+pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Result<(), OpenError> {
     let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
     if options.format == Format::Raw && options.backing.is_some() {
         return Err(limit("a raw image cannot have a backing file; use qcow2".into()));
@@ -190,12 +194,20 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
 
     let existed = path.exists();
     let file = new_file(path, options.overwrite)?;
-    let result = (options.format.driver().create)(&NewImage { path, file: &file, size, options })
+    let result = (options.format.driver().create)(&NewImage { path, name, file: &file, size, options })
         .and_then(|()| file.sync_all().map_err(|e| OpenError::io(path, "writing the new image", e)));
     if result.is_err() && !existed {
         let _ = fs::remove_file(path);
     }
     result
+}
+
+/// The files that [`create`] makes besides the image itself.
+pub(crate) fn other_files(path: &Path, options: &CreateOptions) -> Vec<PathBuf> {
+    match options.format {
+        Format::Vmdk => crate::vmdk::extent_files(path, options),
+        _ => Vec::new(),
+    }
 }
 
 /// Opens the backing file as the new image would, and tells its size.

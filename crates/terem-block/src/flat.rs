@@ -24,6 +24,11 @@ impl Flat {
         &self.file
     }
 
+    /// Where they begin in the file.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
     pub(crate) fn size(&self) -> u64 {
         self.size
     }

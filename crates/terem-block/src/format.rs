@@ -65,6 +65,8 @@ pub(crate) struct Driver {
 /// A new image, for [`Driver::create`].
 pub(crate) struct NewImage<'a> {
     pub(crate) path: &'a Path,
+    /// The path that it will have when it is complete.
+    pub(crate) name: &'a Path,
     pub(crate) file: &'a fs::File,
     /// Bytes of the disk, a multiple of 512.
     pub(crate) size: u64,

@@ -114,6 +114,8 @@ pub(crate) trait Image: Any {
 pub(crate) struct Packer {
     /// Bytes of a cluster.
     pub(crate) unit: u64,
+    /// Whether the image has no other clusters.
+    pub(crate) always: bool,
     /// Compresses one on any thread; `None` if that does not make it smaller.
     pub(crate) compress: fn(&[u8]) -> Option<Vec<u8>>,
 }

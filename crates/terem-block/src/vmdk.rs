@@ -33,6 +33,7 @@ use crate::Format;
 use crate::format::Driver;
 use crate::node::Node;
 
+pub(crate) use create::extent_files;
 pub use info::{VmdkExtent, VmdkInfo};
 pub use options::{VmdkOptions, VmdkSubformat};
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use peer::{Model, Random, Scratch, run, str, try_run};
 use terem_block::{
-    AioEngine, BackingFile, BlockBackend, Cache, CreateOptions, Disk, Format, Op, OpenError, OpenOptions,
-    create,
+    AioEngine, BackingFile, BlockBackend, Cache, ConvertOptions, CreateOptions, Disk, Format, Op, OpenError,
+    OpenOptions, create,
 };
 
 const MIB: u64 = 1 << 20;
@@ -64,6 +64,10 @@ fn qemu_create(image: &Path, shape: &Shape) {
 }
 
 fn our_create(image: &Path, shape: &Shape) {
+    create(image, &create_options(shape)).expect("made");
+}
+
+fn create_options(shape: &Shape) -> CreateOptions {
     let mut options = CreateOptions { overwrite: true, ..CreateOptions::new(shape.format, shape.size) };
     for setting in shape.options.split(',').filter(|s| !s.is_empty()) {
         let (name, value) = setting.split_once('=').expect("name=value");
@@ -71,7 +75,7 @@ fn our_create(image: &Path, shape: &Shape) {
         let option = known.iter().find(|o| o.name == name).unwrap_or_else(|| panic!("no option {name}"));
         (option.set)(&mut options, value).expect("a good value");
     }
-    create(image, &options).expect("made");
+    options
 }
 
 /// `qemu-img check`, where it can, and our own.
@@ -187,6 +191,42 @@ fn converted(scratch: &Scratch, shape: &Shape, model: &Model) {
     assert_clean(shape.format, &ours);
     assert_qemu_reads(scratch, shape.format, &ours, model);
     fs::remove_file(&ours).expect("removed");
+
+    // By our own converter: there, over what is there already, and back.
+    for _ in 0..2 {
+        let target = create_options(&Shape { size: model.0.len() as u64, ..*shape });
+        terem_block::convert(
+            &raw,
+            &open(Format::Raw),
+            &ours,
+            &target,
+            &ConvertOptions::default(),
+            &mut |_, _| true,
+        )
+        .expect("converted");
+        assert_clean(shape.format, &ours);
+        assert_qemu_reads(scratch, shape.format, &ours, model);
+    }
+    let back = scratch.path("back.raw");
+    let target = CreateOptions { format: Format::Raw, overwrite: true, ..CreateOptions::default() };
+    for image in [&ours, &theirs] {
+        terem_block::convert(
+            image,
+            &open(shape.format),
+            &back,
+            &target,
+            &ConvertOptions::default(),
+            &mut |_, _| true,
+        )
+        .expect("converted");
+        assert!(fs::read(&back).expect("read") == model.0, "{name} {}: another disk", shape.options);
+    }
+    fs::remove_file(&ours).expect("removed");
+    fs::remove_file(&theirs).expect("removed");
+}
+
+fn open(format: Format) -> OpenOptions {
+    OpenOptions { format: Some(format), ..OpenOptions::default() }
 }
 
 #[test]

@@ -160,7 +160,7 @@ impl Image for Qcow2 {
             Compression::Zlib => |data| compress(Compression::Zlib, data),
             Compression::Zstd => |data| compress(Compression::Zstd, data),
         };
-        (!self.l2_format.external).then_some(Packer { unit: self.cluster_size(), compress })
+        (!self.l2_format.external).then_some(Packer { unit: self.cluster_size(), always: false, compress })
     }
 
     fn write_compressed(&self, mut clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {
@@ -174,7 +174,7 @@ impl Image for Qcow2 {
 }
 
 fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
-    let &NewImage { path, file, size, options } = new;
+    let &NewImage { path, file, size, options, .. } = new;
     let fail = |e| OpenError::io(path, "writing the new image", e);
     let limit = |what| OpenError::Limit { path: path.to_owned(), what };
     let header = new_header(size, options).map_err(limit)?;

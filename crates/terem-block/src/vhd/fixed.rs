@@ -33,6 +33,10 @@ impl Image for FixedVhd {
         0
     }
 
+    fn plain_data(&self) -> Option<&File> {
+        Some(self.0.file())
+    }
+
     fn read(&self, offset: u64, view: View) -> Answer<'_> {
         Box::pin(self.0.read(offset, view))
     }

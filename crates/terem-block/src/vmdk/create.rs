@@ -16,7 +16,7 @@ use crate::bytes::{le32, new_uuid, put};
 use crate::chain::{ImageFile, resolve_backing};
 use crate::file::to_usize;
 use crate::format::NewImage;
-use crate::{BackingPolicy, Format, OpenError};
+use crate::{BackingPolicy, CreateOptions, Format, OpenError};
 
 /// Bytes of a grain.
 const GRAIN: u64 = 64 << 10;
@@ -92,13 +92,9 @@ fn write_all(
     let embedded = !subformat.is_flat() && !subformat.is_split();
     if embedded {
         write_sparse(new.file, new.size, options).map_err(fail)?;
-        line(new.size, new.path)?;
+        line(new.size, new.name)?;
     } else {
-        let step = if subformat.is_split() { SPLIT } else { new.size.max(1) };
-        let (mut at, mut number) = (0, 1);
-        while at < new.size {
-            let size = step.min(new.size - at);
-            let path = extent_path(new.path, subformat, number);
+        for (path, size) in extents(new.path, options, new.size) {
             let file = new_extent(&path, new.options.overwrite)?;
             made.push(path.clone());
             let fail = |e| OpenError::io(&path, "writing the new image", e);
@@ -109,7 +105,6 @@ fn write_all(
             }
             file.sync_all().map_err(fail)?;
             line(size, &path)?;
-            (at, number) = (at + size, number + 1);
         }
     }
     let text = descriptor(new.size, options, parent, &lines).map_err(fail)?;
@@ -119,6 +114,23 @@ fn write_all(
     }
     let at = if embedded { DESCRIPTOR_AT * SECTOR } else { 0 };
     new.file.write_all_at(text.as_bytes(), at).map_err(fail)
+}
+
+/// The extents of an image whose extents are in files of their own: paths and bytes.
+fn extents(path: &Path, options: &VmdkOptions, size: u64) -> Vec<(PathBuf, u64)> {
+    let split = options.subformat.is_split();
+    let step = if split { SPLIT } else { size.max(1) };
+    let starts = (0..size).step_by(to_usize(step)).zip(1..);
+    starts.map(|(at, n)| (extent_path(path, options.subformat, n), step.min(size - at))).collect()
+}
+
+/// The files of a new image besides its own.
+pub(crate) fn extent_files(path: &Path, options: &CreateOptions) -> Vec<PathBuf> {
+    let vmdk = &options.vmdk;
+    if !vmdk.subformat.is_flat() && !vmdk.subformat.is_split() {
+        return Vec::new();
+    }
+    extents(path, vmdk, options.size.unwrap_or(0)).into_iter().map(|(path, _)| path).collect()
 }
 
 /// `disk.vmdk` has `disk-flat.vmdk`, or `disk-s001.vmdk` and so on.

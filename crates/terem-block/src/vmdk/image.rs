@@ -234,6 +234,14 @@ impl Image for Vmdk {
         self.pieces.iter().find_map(grain).unwrap_or(0)
     }
 
+    fn plain_data(&self) -> Option<&File> {
+        match self.pieces.as_slice() {
+            [Piece { part: Part::Sparse(blocks), .. }] => Some(blocks.map.file()),
+            [Piece { part: Part::Flat(flat), .. }] if flat.start() == 0 => Some(flat.file()),
+            _ => None,
+        }
+    }
+
     fn read(&self, offset: u64, view: View) -> Answer<'_> {
         Box::pin(self.read(offset, view))
     }
@@ -260,7 +268,7 @@ impl Image for Vmdk {
 
     fn compression(&self) -> Option<Packer> {
         let unit = self.stream()?.map.block_size();
-        Some(Packer { unit, compress: |bytes| compress(bytes).ok() })
+        Some(Packer { unit, always: true, compress: |bytes| compress(bytes).ok() })
     }
 
     fn write_compressed(&self, clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {

@@ -77,7 +77,9 @@ impl VdiMap {
             .await?;
         let is_free =
             |&place: &u64| taken.get(to_usize(place / 64)).is_some_and(|w| w >> (place % 64) & 1 == 0);
-        let mut holes: Vec<u64> = (0..used).filter(is_free).take(MAX_HOLES).collect();
+        // An entry may name any place; holes are looked for among as many as there are blocks.
+        let looked_at = 0..used.min(self.table.count());
+        let mut holes: Vec<u64> = looked_at.filter(is_free).take(MAX_HOLES).collect();
         holes.reverse();
         self.used.set(used);
         *self.holes.borrow_mut() = Some(holes);

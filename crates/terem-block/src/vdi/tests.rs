@@ -91,3 +91,21 @@ fn the_power_may_fail() {
     }
     with(4, true);
 }
+
+/// Found by fuzzing: one entry that names the last of all places made the search for free ones take minutes.
+#[test]
+fn an_entry_far_away_is_not_walked_to() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("image.vdi");
+    create(&image, &CreateOptions::new(Format::Vdi, 4 << 20)).expect("made");
+    let mut bytes = std::fs::read(&image).expect("read");
+    put(&mut bytes, 512 + 8, &0xffff_fffdu32.to_le_bytes());
+    std::fs::write(&image, bytes).expect("written");
+    let disk = crate::Disk::open(&image, &crate::OpenOptions::default()).expect("opened");
+    let write = |offset| {
+        let memory = std::sync::Arc::new(terem_memory::AlignedBuffer::from_slice(&[1; 512]));
+        disk.run(crate::Op::Write { offset, memory })
+    };
+    assert_eq!(write(0), Ok(()), "the places before it are free");
+    assert!(matches!(write(2 << 20), Err(crate::IoError::Corrupt(_))));
+}

@@ -159,6 +159,9 @@ pub enum IoError {
     /// An earlier flush failed: what was written before may be lost, so no later flush can succeed.
     #[error("an earlier flush of the image failed; data written before it may be lost")]
     FlushFailed,
+    /// The format or the image cannot do it.
+    #[error("{0} are not supported by this image")]
+    Unsupported(&'static str),
     /// The disk is closed.
     #[error("the disk is closed")]
     Closed,
@@ -174,6 +177,7 @@ impl IoError {
         match self {
             Self::OutOfRange { .. } | Self::TooLarge { .. } => libc::EINVAL,
             Self::ReadOnly => libc::EROFS,
+            Self::Unsupported(_) => libc::ENOTSUP,
             Self::NoSpace => libc::ENOSPC,
             Self::Corrupt(_) | Self::FlushFailed | Self::Closed => libc::EIO,
             Self::Os(errno) => *errno,

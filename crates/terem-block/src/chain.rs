@@ -10,10 +10,8 @@ use std::rc::Rc;
 use crate::engine::Engine;
 use crate::file::{File, FileFacts};
 use crate::lock::lock_image;
-use crate::node::Node;
-use crate::probe::{HEAD, foreign_format};
-use crate::qcow2::{Header, Qcow2, Tables};
-use crate::raw::Raw;
+use crate::node::{Node, directory_of};
+use crate::probe::{HEAD, Looks, probe};
 use crate::{BackingPolicy, Cache, Format, OpenError, OpenOptions};
 
 /// Most backing files below an image.
@@ -101,6 +99,46 @@ impl ImageFile {
         &self.file
     }
 
+    /// Writes `bytes` at `offset`.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
+        #[cfg(test)]
+        let record = crate::journal::write_bytes(offset, bytes);
+        let written = self.file.write_all_at(bytes, offset);
+        written.map_err(|e| OpenError::io(&self.path, "writing the image", e))?;
+        #[cfg(test)]
+        crate::journal::ended(record);
+        Ok(())
+    }
+
+    /// Makes all that was written durable.
+    pub(crate) fn sync(&self) -> Result<(), OpenError> {
+        #[cfg(test)]
+        let covered = crate::journal::sync_begins();
+        self.file.sync_data().map_err(|e| OpenError::io(&self.path, "writing the image", e))?;
+        #[cfg(test)]
+        crate::journal::synced(&covered);
+        Ok(())
+    }
+
+    /// Gives storage back that is not needed any more; an economy that may fail.
+    pub(crate) fn punch_hole(&self, offset: u64, length: u64) {
+        use rustix::fs::FallocateFlags;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if rustix::fs::fallocate(&self.file, flags, offset, length).is_ok() {
+            #[cfg(test)]
+            crate::journal::allocated(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length);
+        }
+    }
+
+    /// Cuts a regular file after `len` bytes, or lengthens it.
+    pub(crate) fn set_len(&mut self, len: u64) -> Result<(), OpenError> {
+        if !self.block_device {
+            self.file.set_len(len).map_err(|e| OpenError::io(&self.path, "changing the file's length", e))?;
+            self.len = len;
+        }
+        Ok(())
+    }
+
     /// `len` bytes from `offset` on; `what` is for the error message.
     ///
     /// # Errors
@@ -132,10 +170,10 @@ impl ImageFile {
         if let Some(format) = asked {
             return Ok(format);
         }
-        match foreign_format(&self.head()?) {
-            None => Ok(Format::Raw),
-            Some("qcow2") => Ok(Format::Qcow2),
-            Some(other) => Err(OpenError::Unsupported {
+        match probe(&self.head()?) {
+            Looks::Raw => Ok(Format::Raw),
+            Looks::Like(format) => Ok(format),
+            Looks::Foreign(other) => Err(OpenError::Unsupported {
                 path: self.path.clone(),
                 feature: format!("the image format {other}"),
                 hint: "convert it with `qemu-img convert -O qcow2`, or open it with format=raw if it is a plain disk",
@@ -144,7 +182,7 @@ impl ImageFile {
     }
 
     /// Hands the file to an engine.
-    fn into_storage(self, engine: &Rc<Engine>, cache: Cache) -> Result<File, OpenError> {
+    pub(crate) fn into_storage(self, engine: &Rc<Engine>, cache: Cache) -> Result<File, OpenError> {
         let fd = OwnedFd::from(self.file);
         let fail = |e: rustix::io::Errno| match e {
             rustix::io::Errno::INVAL => OpenError::Unsupported {
@@ -192,7 +230,14 @@ fn open_failed(path: &Path, writing: bool, error: io::Error) -> OpenError {
 
 /// Opens the image at `path` and all that is below it.
 pub(crate) fn open_chain(engine: &Rc<Engine>, path: &Path, options: &OpenOptions) -> Result<Node, OpenError> {
-    open_node(engine, path, options.format, !options.read_only, options, &mut Vec::new())
+    open_node(engine, path, options.format, !options.read_only, options, &mut Seen::default())
+}
+
+/// The files met so far on the way down a chain.
+#[derive(Default)]
+pub(crate) struct Seen {
+    files: Vec<(u64, u64)>,
+    depth: usize,
 }
 
 fn open_node(
@@ -201,55 +246,85 @@ fn open_node(
     format: Option<Format>,
     writing: bool,
     options: &OpenOptions,
-    seen: &mut Vec<(u64, u64)>,
+    seen: &mut Seen,
 ) -> Result<Node, OpenError> {
-    if seen.len() > MAX_DEPTH {
-        return Err(OpenError::BackingTooDeep { path: path.to_owned(), max: MAX_DEPTH });
+    let opening = Opening::new(engine, path, format, writing, options, seen)?;
+    if options.snapshot.is_some() && opening.is_top() && opening.format != Format::Qcow2 {
+        let what = format!("a {} image has no snapshots", opening.format.name());
+        return Err(OpenError::Limit { path: path.to_owned(), what });
     }
-    let mut image = ImageFile::open(path, writing, options.lock, seen)?;
-    match image.format(format)? {
-        Format::Raw => {
-            let guarded = writing && format.is_none();
-            Ok(Node::Raw(Raw::new(image.into_storage(engine, options.cache)?, guarded, options.discard)))
-        }
-        Format::Qcow2 => {
-            let header = Header::read(&image)?;
-            let tables = Tables::load(&mut image, header, writing)?;
-            let backing = open_backing(engine, path, tables.header(), options, seen)?;
-            let file = image.into_storage(engine, options.cache)?;
-            Ok(Node::Qcow2(Box::new(Qcow2::new(file, tables, backing, options))))
-        }
-    }
+    (opening.format.driver().open)(opening)
 }
 
-fn open_backing(
-    engine: &Rc<Engine>,
-    path: &Path,
-    header: &Header,
-    options: &OpenOptions,
-    seen: &mut Vec<(u64, u64)>,
-) -> Result<Option<Node>, OpenError> {
-    let Some(name) = &header.backing else { return Ok(None) };
-    let below = resolve_backing(path, name, &options.backing)?;
-    let wrap = |source| OpenError::Backing { path: path.to_owned(), source: Box::new(source) };
-    let format = match header.backing_format.as_deref() {
-        None => None,
-        Some("raw" | "host_device") => Some(Format::Raw),
-        Some("qcow2") => Some(Format::Qcow2),
-        Some(other) => {
-            return Err(wrap(OpenError::Unsupported {
-                path: below,
-                feature: format!("a backing file of format {other}"),
-                hint: "convert it with `qemu-img convert -O qcow2`",
-            }));
+/// An image that is being opened: what a format gets to work with.
+pub(crate) struct Opening<'a> {
+    pub(crate) image: ImageFile,
+    pub(crate) format: Format,
+    /// Whether nobody said which format it is.
+    pub(crate) probed: bool,
+    pub(crate) writing: bool,
+    pub(crate) options: &'a OpenOptions,
+    pub(crate) engine: &'a Rc<Engine>,
+    seen: &'a mut Seen,
+}
+
+impl<'a> Opening<'a> {
+    pub(crate) fn new(
+        engine: &'a Rc<Engine>,
+        path: &Path,
+        format: Option<Format>,
+        writing: bool,
+        options: &'a OpenOptions,
+        seen: &'a mut Seen,
+    ) -> Result<Self, OpenError> {
+        if seen.depth > MAX_DEPTH {
+            return Err(OpenError::BackingTooDeep { path: path.to_owned(), max: MAX_DEPTH });
         }
-    };
-    let node = open_node(engine, &below, format, false, options, seen).map_err(|error| match error {
-        OpenError::BackingCycle { again, .. } => OpenError::BackingCycle { path: path.to_owned(), again },
-        too_deep @ OpenError::BackingTooDeep { .. } => too_deep,
-        other => wrap(other),
-    })?;
-    Ok(Some(node))
+        seen.depth += 1;
+        let image = ImageFile::open(path, writing, options.lock, &mut seen.files)?;
+        let probed = format.is_none();
+        let format = image.format(format)?;
+        Ok(Self { image, format, probed, writing, options, engine, seen })
+    }
+
+    /// Whether it is the image that was asked for, rather than one below it.
+    pub(crate) fn is_top(&self) -> bool {
+        self.seen.depth == 1
+    }
+
+    /// The file, for I/O by the engine.
+    pub(crate) fn storage(self) -> Result<File, OpenError> {
+        self.image.into_storage(self.engine, self.options.cache)
+    }
+
+    /// Opens the image's backing file, whose name and format are written in the image.
+    pub(crate) fn open_backing(&mut self, name: &str, format: Option<&str>) -> Result<Node, OpenError> {
+        let path = self.image.path();
+        let below = resolve_backing(path, name, &self.options.backing)?;
+        let wrap = |source| OpenError::Backing { path: path.to_owned(), source: Box::new(source) };
+        let format = match format {
+            None => None,
+            Some(name) => Some(Format::from_name(name).ok_or_else(|| {
+                wrap(OpenError::Unsupported {
+                    path: below.clone(),
+                    feature: format!("a backing file of format {name}"),
+                    hint: "convert it with `qemu-img convert -O qcow2`",
+                })
+            })?),
+        };
+        open_node(self.engine, &below, format, false, self.options, self.seen).map_err(|error| match error {
+            OpenError::BackingCycle { again, .. } => OpenError::BackingCycle { path: path.to_owned(), again },
+            too_deep @ OpenError::BackingTooDeep { .. } => too_deep,
+            other => wrap(other),
+        })
+    }
+
+    /// Opens another file that the image consists of and names, such as an extent. Where it may be is decided as for
+    /// backing files; it is written if the image is.
+    pub(crate) fn open_part(&mut self, name: &str) -> Result<ImageFile, OpenError> {
+        let path = resolve_backing(self.image.path(), name, &self.options.backing)?;
+        ImageFile::open(&path, self.writing, self.options.lock, &mut self.seen.files)
+    }
 }
 
 /// Where the backing file is that the image at `path` calls `name`, if it may be opened.
@@ -269,10 +344,7 @@ pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -
     if plain.split('/').next().is_some_and(|first| first.contains(':')) {
         return Err(refused("it is not a plain file name; only local files can back an image"));
     }
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let directory = directory_of(path);
     let below = directory.join(plain);
     let wrap =
         |e| OpenError::Backing { path: path.to_owned(), source: Box::new(open_failed(&below, false, e)) };

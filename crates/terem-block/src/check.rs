@@ -5,7 +5,6 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::qcow2::{Header, Tables, check_image};
 use crate::{Format, OpenError};
 
 /// Most messages in a report; the number of errors goes on.
@@ -23,6 +22,8 @@ pub struct CheckReport {
     pub allocated_clusters: u64,
     /// Those of them that are compressed.
     pub compressed_clusters: u64,
+    /// Those that do not lie right after the one before them on the disk.
+    pub fragmented_clusters: u64,
     /// Clusters of the disk.
     pub total_clusters: u64,
     /// End of the last used cluster, in bytes.
@@ -46,17 +47,26 @@ impl CheckReport {
     }
 }
 
-/// Checks the qcow2 image at `path` without changing it. A raw image has nothing that could be wrong.
+/// Checks the image at `path` without changing it. A raw image has nothing that could be wrong.
 ///
 /// # Errors
 /// [`OpenError`] when it cannot be opened or read, or is being written by another process.
 pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
-    let image = ImageFile::open(path.as_ref(), false, true, &mut Vec::new())?;
-    match image.format(format)? {
-        Format::Raw => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
-        Format::Qcow2 => {
-            let header = Header::read(&image)?;
-            check_image(&image, &Tables::read(&image, header)?)
-        }
+    check_with(path.as_ref(), format, true)
+}
+
+/// As [`check`], for an image that may be in use: what it finds may be what was just being changed.
+///
+/// # Errors
+/// [`OpenError`] when it cannot be opened or read.
+pub fn check_unlocked(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
+    check_with(path.as_ref(), format, false)
+}
+
+fn check_with(path: &Path, format: Option<Format>, lock: bool) -> Result<CheckReport, OpenError> {
+    let image = ImageFile::open(path, false, lock, &mut Vec::new())?;
+    match image.format(format)?.driver().check {
+        None => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
+        Some(check) => check(&image),
     }
 }

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
-use crate::executor::Executor;
+use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::node::Node;
-use crate::qcow2::{Layout, write_new};
-use crate::{AioEngine, BackingPolicy, Format, OpenError, OpenOptions};
+use crate::{
+    AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions, VhdxOptions,
+    VmdkOptions,
+};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -20,6 +21,81 @@ pub enum Preallocation {
     Off,
     /// The tables, not the data: faster writing later, while the file stays sparse.
     Metadata,
+    /// All storage, without writing to it.
+    Falloc,
+    /// All storage, written with zeroes.
+    Full,
+}
+
+impl Preallocation {
+    /// The mode of that name (QEMU's names).
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "off" => Some(Self::Off),
+            "metadata" => Some(Self::Metadata),
+            "falloc" => Some(Self::Falloc),
+            "full" => Some(Self::Full),
+            _ => None,
+        }
+    }
+}
+
+/// How the clusters of an image are compressed that are written compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// Deflate.
+    #[default]
+    Zlib,
+    /// Zstandard: better and faster; QEMU 5.1 and later read it.
+    Zstd,
+}
+
+impl Compression {
+    /// The name in options and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+/// What can be chosen for a new qcow2 image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qcow2Options {
+    /// Version of the format, 2 or 3.
+    pub version: u32,
+    /// Bytes of a cluster: a power of two from 512 to 2 MiB.
+    pub cluster_size: u32,
+    /// Bits of a reference count: a power of two from 1 to 64.
+    pub refcount_bits: u32,
+    /// Let reference counts be behind while the image is open; faster, but they are counted anew after a crash.
+    pub lazy_refcounts: bool,
+    /// Subclusters: a 32nd of a cluster can be written without copying the rest.
+    pub extended_l2: bool,
+    /// For compressed clusters.
+    pub compression: Compression,
+    /// A file that holds the data, beside the image, which then has only tables. Its name as written in the image.
+    pub data_file: Option<String>,
+    /// Keep the data file readable as a raw image.
+    pub data_file_raw: bool,
+}
+
+impl Default for Qcow2Options {
+    fn default() -> Self {
+        Self {
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            extended_l2: false,
+            compression: Compression::Zlib,
+            data_file: None,
+            data_file_raw: false,
+        }
+    }
 }
 
 /// A backing file of a new image.
@@ -38,17 +114,24 @@ pub struct CreateOptions {
     pub format: Format,
     /// Bytes of the disk (rounded up to 512); `None` takes the backing file's.
     pub size: Option<u64>,
-    /// Bytes of a qcow2 cluster: a power of two from 512 to 2 MiB.
-    pub cluster_size: u32,
     /// qcow2: where everything that is not written shows through from.
     pub backing: Option<BackingFile>,
-    /// qcow2: let reference counts be behind while the image is open; faster, but they are counted anew after a
-    /// crash.
-    pub lazy_refcounts: bool,
+    /// Take the backing file as told, without looking whether it can be opened.
+    pub backing_unchecked: bool,
     /// How much gets its place now.
     pub preallocation: Preallocation,
+    /// What only VDI images have.
+    pub vdi: VdiOptions,
+    /// What only VHD images have.
+    pub vhd: VhdOptions,
+    /// What only VHDX images have.
+    pub vhdx: VhdxOptions,
+    /// What only VMDK images have.
+    pub vmdk: VmdkOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
+    /// What only qcow2 has.
+    pub qcow2: Qcow2Options,
 }
 
 impl Default for CreateOptions {
@@ -56,11 +139,15 @@ impl Default for CreateOptions {
         Self {
             format: Format::Qcow2,
             size: None,
-            cluster_size: 65536,
             backing: None,
-            lazy_refcounts: false,
+            backing_unchecked: false,
             preallocation: Preallocation::Off,
+            vdi: VdiOptions::default(),
+            vhd: VhdOptions::default(),
+            vhdx: VhdxOptions::default(),
+            vmdk: VmdkOptions::default(),
             overwrite: false,
+            qcow2: Qcow2Options::default(),
         }
     }
 }
@@ -79,14 +166,12 @@ impl CreateOptions {
 /// [`OpenError`]: the file exists or is in use, the options contradict each other, the backing file
 /// cannot be opened, or writing failed. A file that was begun is removed.
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), OpenError> {
-    let path = path.as_ref();
+    create_as(path.as_ref(), path.as_ref(), options)
+}
+
+/// As [`create`], for an image that will be renamed to `name` when it is complete.
+pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Result<(), OpenError> {
     let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
-    if !(512..=2 << 20).contains(&options.cluster_size) || !options.cluster_size.is_power_of_two() {
-        return Err(limit(format!(
-            "a cluster size of {} bytes; it must be a power of two from 512 to 2097152",
-            options.cluster_size
-        )));
-    }
     if options.format == Format::Raw && options.backing.is_some() {
         return Err(limit("a raw image cannot have a backing file; use qcow2".into()));
     }
@@ -94,6 +179,7 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
         return Err(limit("preallocated clusters would hide the backing file".into()));
     }
     let backing_size = match &options.backing {
+        Some(_) if options.backing_unchecked => None,
         Some(backing) => Some(backing_size(path, backing)?),
         None => None,
     };
@@ -108,11 +194,20 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
 
     let existed = path.exists();
     let file = new_file(path, options.overwrite)?;
-    let result = fill(path, &file, size, options);
+    let result = (options.format.driver().create)(&NewImage { path, name, file: &file, size, options })
+        .and_then(|()| file.sync_all().map_err(|e| OpenError::io(path, "writing the new image", e)));
     if result.is_err() && !existed {
         let _ = fs::remove_file(path);
     }
     result
+}
+
+/// The files that [`create`] makes besides the image itself.
+pub(crate) fn other_files(path: &Path, options: &CreateOptions) -> Vec<PathBuf> {
+    match options.format {
+        Format::Vmdk => crate::vmdk::extent_files(path, options),
+        _ => Vec::new(),
+    }
 }
 
 /// Opens the backing file as the new image would, and tells its size.
@@ -153,53 +248,32 @@ fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
     Ok(file)
 }
 
-fn fill(path: &Path, file: &fs::File, size: u64, options: &CreateOptions) -> Result<(), OpenError> {
-    let fail = |e| OpenError::io(path, "writing the new image", e);
-    match options.format {
-        Format::Raw => file.set_len(size).map_err(fail)?,
-        Format::Qcow2 => {
-            let layout = Layout {
-                size,
-                cluster_bits: options.cluster_size.trailing_zeros(),
-                lazy_refcounts: options.lazy_refcounts,
-                backing: options.backing.as_ref().map(|backing| {
-                    (backing.path.to_string_lossy().into_owned(), backing.format.name().to_owned())
-                }),
-            };
-            write_new(file, &layout)
-                .map_err(fail)?
-                .map_err(|what| OpenError::Limit { path: path.to_owned(), what })?;
-            if options.preallocation == Preallocation::Metadata {
-                let len = preallocate(path)?;
-                if len > file.metadata().map_err(fail)?.len() {
-                    file.set_len(len).map_err(fail)?;
-                }
+/// Gives the file storage from `start` to `end`, written with zeroes or not.
+pub(crate) fn reserve_storage(
+    file: &fs::File,
+    start: u64,
+    end: u64,
+    preallocation: Preallocation,
+) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    const STEP: u64 = 1 << 20;
+    if start >= end {
+        return Ok(());
+    }
+    match preallocation {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => {
+            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), start, end - start)?)
+        }
+        Preallocation::Full => {
+            let zeroes = vec![0; crate::file::to_usize(STEP.min(end - start))];
+            let mut at = start;
+            while at < end {
+                let n = STEP.min(end - at);
+                file.write_all_at(&zeroes[..crate::file::to_usize(n)], at)?;
+                at += n;
             }
+            Ok(())
         }
     }
-    file.sync_all().map_err(fail)
-}
-
-fn preallocate(path: &Path) -> Result<u64, OpenError> {
-    // The file is ours, and `create` may hold its lock already.
-    let options = OpenOptions {
-        format: Some(Format::Qcow2),
-        lock: false,
-        aio: AioEngine::Threads,
-        ..OpenOptions::default()
-    };
-    let engine = Engine::new(options.aio)?;
-    let node = open_chain(&engine, path, &options)?;
-    let Node::Qcow2(qcow2) = &node else { return Ok(0) };
-    let work = async {
-        let end = qcow2.preallocate().await?;
-        qcow2.close().await?;
-        Ok(end)
-    };
-    let result = Executor::new(engine).block_on(work).unwrap_or_else(|e| Err(e.into()));
-    result.map_err(|source| OpenError::Request {
-        path: path.to_owned(),
-        doing: "placing its clusters",
-        source,
-    })
 }

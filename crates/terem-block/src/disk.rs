@@ -1,7 +1,7 @@
 //! An open disk: its I/O thread, and the way from [`BlockBackend::submit`] to a format and back.
 //!
 //! ```text
-//!  any thread ──submit──> inbox ──bell──> I/O thread: one task a request ──> Node (qcow2, raw)
+//!  any thread ──submit──> inbox ──bell──> I/O thread: one task a request ──> Node (any format)
 //!       <───────────── complete(result) ──────────────────┘                    │
 //!                                                   engine (io_uring or threads) ──> file
 //! ```
@@ -18,10 +18,10 @@ use std::thread::JoinHandle;
 
 use crate::chain::open_chain;
 use crate::engine::{Bell, Engine};
-use crate::executor::Executor;
+use crate::executor::{Executor, LocalFuture};
 use crate::node::Node;
 use crate::{
-    AioEngine, BlockBackend, Complete, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request,
+    AioEngine, BlockBackend, Complete, Extent, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request,
 };
 
 /// Stack of an I/O thread: a read may go down a chain of 200 images. Only what is used takes memory.
@@ -40,9 +40,17 @@ pub struct DiskFacts {
     pub aio: AioEngine,
 }
 
+/// Something to be done with the image that is not an [`Op`]; started on the I/O thread.
+type Call = Box<dyn FnOnce(Rc<Node>) -> LocalFuture<'static, ()> + Send>;
+
+enum Task {
+    Request(Op, Completion),
+    Call(Call),
+}
+
 #[derive(Default)]
 struct Inbox {
-    requests: VecDeque<(Op, Completion)>,
+    requests: VecDeque<Task>,
     /// No request is taken any more.
     closed: bool,
 }
@@ -170,6 +178,77 @@ impl Disk {
         told.recv().unwrap_or(Err(IoError::Closed))
     }
 
+    /// Asks which parts of a range hold data: all runs in it, in order, up to the disk's end. `complete` is called once,
+    /// from the disk's thread or, when the disk is closed, not at all (it is dropped).
+    pub fn query_status(
+        &self,
+        offset: u64,
+        length: u64,
+        complete: impl FnOnce(Result<Vec<Extent>, IoError>) + Send + 'static,
+    ) {
+        let _ = self.push(Task::Call(Box::new(move |node| {
+            Box::pin(async move { complete(node.statuses(offset, length).await) })
+        })));
+    }
+
+    /// As [`Self::query_status`], waiting for the answer.
+    ///
+    /// # Errors
+    /// [`IoError`] when the image's tables cannot be read.
+    pub fn block_status(&self, offset: u64, length: u64) -> Result<Vec<Extent>, IoError> {
+        let (tell, told) = mpsc::channel();
+        self.query_status(offset, length, move |result| {
+            let _ = tell.send(result);
+        });
+        told.recv().unwrap_or(Err(IoError::Closed))
+    }
+
+    /// Starts `call` with the opened image on the disk's thread; `complete` is called there with its result. When the
+    /// disk is closed both are dropped.
+    pub(crate) fn start<T: 'static>(
+        &self,
+        call: impl FnOnce(Rc<Node>) -> LocalFuture<'static, Result<T, IoError>> + Send + 'static,
+        complete: impl FnOnce(Result<T, IoError>) + Send + 'static,
+    ) {
+        let _ =
+            self.push(Task::Call(Box::new(move |node| Box::pin(async move { complete(call(node).await) }))));
+    }
+
+    /// Runs `call` with the opened image on the disk's thread, and waits for its end.
+    pub(crate) fn with_node<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(Rc<Node>) -> LocalFuture<'static, Result<T, IoError>> + Send + 'static,
+    ) -> Result<T, IoError> {
+        let (tell, told) = mpsc::channel();
+        self.start(call, move |result| drop(tell.send(result)));
+        told.recv().unwrap_or(Err(IoError::Closed))
+    }
+
+    /// Writes everything back, as [`Self::close`] does; the disk takes requests no more.
+    pub(crate) fn flush_and_close(&self) -> Result<(), IoError> {
+        self.drain();
+        let result = self.with_node(|node| Box::pin(async move { node.close().await }));
+        self.shared.abandon.store(true, Ordering::Relaxed);
+        self.shared.inbox().closed = true;
+        self.bell.ring();
+        result
+    }
+
+    /// Hands a task to the I/O thread, or gives it back when that takes no more.
+    fn push(&self, task: Task) -> Result<(), Task> {
+        let mut inbox = self.shared.inbox();
+        if inbox.closed {
+            return Err(task);
+        }
+        let first = inbox.requests.is_empty();
+        inbox.requests.push_back(task);
+        drop(inbox);
+        if first {
+            self.bell.ring();
+        }
+        Ok(())
+    }
+
     fn shut_down(&mut self) -> Result<(), IoError> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         self.shared.inbox().closed = true;
@@ -197,16 +276,8 @@ impl BlockBackend for Disk {
         if let Err(error) = check_request(&self.geometry, &request.op) {
             return completion.finish(Err(error));
         }
-        let mut inbox = self.shared.inbox();
-        if inbox.closed {
-            drop(inbox);
-            return completion.finish(Err(IoError::Closed));
-        }
-        let first = inbox.requests.is_empty();
-        inbox.requests.push_back((request.op, completion));
-        drop(inbox);
-        if first {
-            self.bell.ring();
+        if let Err(Task::Request(_, completion)) = self.push(Task::Request(request.op, completion)) {
+            completion.finish(Err(IoError::Closed));
         }
     }
 
@@ -301,21 +372,28 @@ async fn serve(
         if requests.is_empty() && closed {
             break;
         }
-        for (op, completion) in requests {
+        for task in requests {
             let (node, tasks) = (Rc::clone(node), Rc::clone(&tasks));
             tasks.count.set(tasks.count.get() + 1);
             executor.spawn(async move {
-                let what = format!("{op:?}");
-                let result = node.execute(op).await;
-                if let Err(error) = &result {
-                    tracing::debug!(what, %error, "a disk request failed");
+                match task {
+                    Task::Request(op, completion) => perform(&node, op, completion).await,
+                    Task::Call(call) => call(node).await,
                 }
-                completion.finish(result);
                 tasks.ended();
             });
         }
     }
     if shared.abandon.load(Ordering::Relaxed) { Ok(()) } else { node.close().await }
+}
+
+async fn perform(node: &Node, op: Op, completion: Completion) {
+    let (name, (offset, length)) = (op.name(), op.range());
+    let result = node.execute(op).await;
+    if let Err(error) = &result {
+        tracing::debug!("{name} {offset:#x}+{length:#x} failed: {error}");
+    }
+    completion.finish(result);
 }
 
 /// Counts the tasks of requests.

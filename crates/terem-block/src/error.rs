@@ -119,6 +119,16 @@ pub enum OpenError {
         /// The limit and what broke it.
         what: String,
     },
+    /// A snapshot, bitmap or key slot that the image does not have.
+    #[error("{}: it has no {what} {name:?}; `terem disk info` lists what there is", path.display())]
+    NoSuch {
+        /// The image.
+        path: PathBuf,
+        /// What kind of thing.
+        what: &'static str,
+        /// The name asked for.
+        name: String,
+    },
     /// The backing file is not allowed.
     #[error("{}: its backing file {backing:?} may not be opened: {reason}", path.display())]
     BackingRefused {
@@ -169,6 +179,9 @@ pub enum OpenError {
         /// The host's error.
         source: io::Error,
     },
+    /// It was to be stopped.
+    #[error("stopped; what was there before is unchanged")]
+    Cancelled,
     /// A request to an open disk failed.
     #[error("{}: {doing}: {source}", path.display())]
     Request {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::IoError;
 use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::extent::{Extent, ExtentKind};
 use crate::range_lock::RangeLock;
 
 /// An open file and the engine for its I/O.
@@ -212,6 +213,34 @@ impl File {
         self.write(offset, &[View::copy_of(bytes)]).await
     }
 
+    /// The file for plain, blocking reads and writes by other threads, if it has no alignment rules.
+    pub(crate) fn plain(&self) -> Option<PlainFile> {
+        (self.align == 1).then(|| PlainFile(Arc::clone(&self.fd)))
+    }
+
+    /// Takes note that a [`PlainFile`] was written up to `end`.
+    pub(crate) fn written_by_others(&self, end: u64) {
+        self.len.set(self.len.get().max(end));
+    }
+
+    /// The run at `offset`, of at most `length` bytes: data, or a hole. Asks the file system, which answers at once.
+    pub(crate) fn status(&self, offset: u64, length: u64) -> Extent {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        let end = offset.saturating_add(length);
+        if self.block_device {
+            return Extent::new(offset, length, ExtentKind::Data, Some(offset));
+        }
+        let (kind, until) = match seek(&*self.fd, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => (ExtentKind::Zero, data),
+            Ok(_) => (ExtentKind::Data, seek(&*self.fd, SeekFrom::Hole(offset)).unwrap_or(end)),
+            // Nothing but a hole up to the end, or beyond it.
+            Err(Errno::NXIO) => (ExtentKind::Zero, end),
+            Err(_) => (ExtentKind::Data, end),
+        };
+        Extent::new(offset, until.clamp(offset + 1, end) - offset, kind, Some(offset))
+    }
+
     /// Makes all that was written durable.
     pub(crate) async fn sync(&self) -> Result<(), IoError> {
         if self.sync_failed.get() {
@@ -309,6 +338,43 @@ impl File {
             }
             Err(e) => Err(e),
         }
+    }
+}
+
+/// A file for plain, blocking reads and writes.
+#[derive(Clone)]
+pub(crate) struct PlainFile(Arc<OwnedFd>);
+
+impl PlainFile {
+    /// Fills `bytes` from `offset` on. What lies beyond the file's end reads as zeroes.
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pread(&*self.0, &mut bytes[done..], offset + done as u64) {
+                Ok(0) => {
+                    bytes[done..].fill(0);
+                    break;
+                }
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset`.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pwrite(&*self.0, &bytes[done..], offset + done as u64) {
+                Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
     }
 }
 

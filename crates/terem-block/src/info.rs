@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::qcow2::{Compression, Header, Tables};
-use crate::{Format, OpenError};
+use crate::{Format, OpenError, VmdkInfo};
 
 /// Facts about an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -21,9 +20,15 @@ pub struct ImageInfo {
     pub virtual_size: u64,
     /// Bytes that the image takes on the host.
     pub actual_size: u64,
+    /// Bytes of the blocks in which the image gives place, if it has such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
     /// What only qcow2 images have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Info>,
+    /// What only VMDK images have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmdk: Option<VmdkInfo>,
 }
 
 /// Facts about a qcow2 image.
@@ -38,6 +43,13 @@ pub struct Qcow2Info {
     pub refcount_bits: u32,
     /// Method of compressed clusters: `zlib` or `zstd`.
     pub compression_type: &'static str,
+    /// Whether clusters have subclusters.
+    pub extended_l2: bool,
+    /// The file that holds the data, as written in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether that file is kept readable as a raw image.
+    pub data_file_raw: bool,
     /// Whether reference counts may be behind while it is open.
     pub lazy_refcounts: bool,
     /// Whether it was not closed properly with lazy reference counts.
@@ -52,6 +64,22 @@ pub struct Qcow2Info {
     pub backing_format: Option<String>,
     /// Its internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Its persistent dirty bitmaps, as far as they are valid.
+    pub bitmaps: Vec<BitmapInfo>,
+}
+
+/// A persistent dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Bytes that a bit stands for.
+    pub granularity: u64,
+    /// Whether it follows writes.
+    pub enabled: bool,
+    /// Whether it is in use, or was not stored by the last who used it: then it is not consistent.
+    pub in_use: bool,
 }
 
 /// An internal snapshot.
@@ -64,6 +92,13 @@ pub struct SnapshotInfo {
     pub name: String,
     /// When it was taken, in seconds since 1970.
     pub date: u32,
+    /// And nanoseconds.
+    pub date_nsec: u32,
+    /// How long the machine had run, in nanoseconds.
+    pub vm_clock: u64,
+    /// How many instructions it had carried out, if they were counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
     /// Bytes of saved machine state.
     pub vm_state_size: u64,
     /// Bytes of the disk at that time.
@@ -80,42 +115,15 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
     let image = ImageFile::open(path, false, false, &mut Vec::new())?;
     let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
     let format = image.format(format)?;
-    let (virtual_size, qcow2) = match format {
-        Format::Raw => (image.len(), None),
-        Format::Qcow2 => {
-            let tables = Tables::read(&image, Header::read(&image)?)?;
-            (tables.header().size, Some(qcow2_info(&tables)))
-        }
+    let mut info = ImageInfo {
+        filename: path.to_owned(),
+        format,
+        virtual_size: 0,
+        actual_size: meta.blocks() * 512,
+        cluster_size: None,
+        qcow2: None,
+        vmdk: None,
     };
-    let actual_size = meta.blocks() * 512;
-    Ok(ImageInfo { filename: path.to_owned(), format, virtual_size, actual_size, qcow2 })
-}
-
-fn qcow2_info(tables: &Tables) -> Qcow2Info {
-    let header = tables.header();
-    Qcow2Info {
-        version: header.version,
-        cluster_size: header.cluster_size(),
-        refcount_bits: 1 << header.refcount_order,
-        compression_type: match header.compression {
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        },
-        lazy_refcounts: header.has_lazy_refcounts(),
-        dirty: header.is_dirty(),
-        corrupt: header.is_corrupt(),
-        backing_filename: header.backing.clone(),
-        backing_format: header.backing_format.clone(),
-        snapshots: tables
-            .snapshots()
-            .iter()
-            .map(|s| SnapshotInfo {
-                id: s.id.clone(),
-                name: s.name.clone(),
-                date: s.date,
-                vm_state_size: s.vm_state_size,
-                virtual_size: s.disk_size,
-            })
-            .collect(),
-    }
+    (format.driver().describe)(&image, &mut info)?;
+    Ok(info)
 }

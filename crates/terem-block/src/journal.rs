@@ -54,6 +54,11 @@ pub(crate) fn write(offset: u64, views: &[View]) -> Option<usize> {
     })?
 }
 
+/// A write of plain bytes has begun.
+pub(crate) fn write_bytes(offset: u64, bytes: &[u8]) -> Option<usize> {
+    add(offset, Change::Write(bytes.to_vec()), false)
+}
+
 /// A write has ended.
 pub(crate) fn ended(record: Option<usize>) {
     RECORDS.with_borrow_mut(|records| {

@@ -4,7 +4,8 @@
 //! [`create`], [`info`], [`check`] and [`convert`] work on images that no guest uses.
 //!
 //! Read on in this order: `backend` (what a device asks for), `disk` (the I/O thread), `node` (an opened
-//! image of any format), `qcow2` and `raw` (the formats), `file` (storage), `engine` (the kernel).
+//! image of any format), `format` (the table of formats), `qcow2` and `raw` (formats), `file` (storage), `engine` (the
+//! kernel). `docs/block.md` shows a request's way through them, and how to add a format.
 //!
 //! Nothing in an image can panic or hang the program: sizes are checked against the file and fixed limits
 //! before memory is taken, and every offset against the format's rules before it is used.
@@ -12,8 +13,13 @@
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "sizes in tests are small"))]
 
 mod backend;
+mod bench;
+mod blocks;
+mod bytes;
 mod chain;
 mod check;
+mod commit;
+mod compare;
 mod convert;
 mod create;
 mod disk;
@@ -21,26 +27,52 @@ mod engine;
 mod error;
 mod executor;
 mod exercise;
+mod extent;
 mod file;
+mod flat;
+mod format;
 mod info;
 #[cfg(test)]
 mod journal;
 mod lock;
+mod maintain;
+mod measure;
 mod node;
 mod options;
+mod picture;
+#[cfg(test)]
+mod power;
 mod probe;
 mod qcow2;
 mod range_lock;
 mod raw;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
-pub use check::{CheckReport, check};
-pub use convert::{convert, import};
-pub use create::{BackingFile, CreateOptions, Preallocation, create};
+pub use bench::{BenchOptions, bench};
+pub use check::{CheckReport, check, check_unlocked};
+pub use commit::{Rebase, commit, rebase};
+pub use compare::{Comparison, Difference, compare};
+pub use convert::{ConvertOptions, Progress, convert, export, import};
+pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
 pub use error::OpenError;
-pub use exercise::exercise_qcow2;
-pub use info::{ImageInfo, Qcow2Info, SnapshotInfo, info};
+pub use exercise::{exercise_pieces, exercise_qcow2};
+pub use extent::{Extent, ExtentKind};
+pub use format::{CreateOption, Format};
+pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
 pub use lock::Holder;
-pub use options::{AioEngine, BackingPolicy, Cache, Format, OpenOptions};
+pub use maintain::{
+    Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
+};
+pub use measure::{Measure, measure, measure_size};
+pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
+pub use picture::{FileRun, FileUse, file_map};
 pub use terem_memory::{AlignedBuffer, IoMemory};
+pub use vdi::VdiOptions;
+pub use vhd::VhdOptions;
+pub use vhdx::VhdxOptions;
+pub use vmdk::{VmdkExtent, VmdkInfo, VmdkOptions, VmdkSubformat};

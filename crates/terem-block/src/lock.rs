@@ -30,7 +30,7 @@ const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
 /// How long to wait for a lock that no process holds any more: after a kill the kernel closes the files of
-/// an `io_uring` only once its last requests have ended.
+/// an `io_uring` only once its last requests have ended. A child of ours has our files until it runs its program.
 const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// Locks the image for as long as `fd`'s open file lives: to write it alone, or to read it with others.
@@ -41,7 +41,9 @@ pub(crate) fn lock_image(fd: &OwnedFd, path: &Path, writing: bool) -> Result<(),
     let begun = Instant::now();
     loop {
         match try_lock(fd, path, writing) {
-            Err(OpenError::Busy { holders, .. }) if holders.is_empty() && begun.elapsed() < LAST_BREATH => {
+            Err(OpenError::Busy { holders, .. })
+                if holders.iter().all(Holder::is_passing) && begun.elapsed() < LAST_BREATH =>
+            {
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,

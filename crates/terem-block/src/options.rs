@@ -4,26 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// The format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// The bytes of the file are the bytes of the disk.
-    Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3.
-    Qcow2,
-}
-
-impl Format {
-    /// The name in configurations and in qcow2's backing format extension.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
+use crate::Format;
 
 /// Which way the host's page cache is used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +59,9 @@ pub struct OpenOptions {
     pub format: Option<Format>,
     /// Refuse all writes, and share the image with other readers.
     pub read_only: bool,
+    /// A snapshot inside the image, by id or name, that is to be read in place of the disk as it is now. Only with
+    /// `read_only`.
+    pub snapshot: Option<String>,
     /// Use of the host's page cache.
     pub cache: Cache,
     /// Whether discards of the guest give storage back.
@@ -98,6 +82,7 @@ impl Default for OpenOptions {
         Self {
             format: None,
             read_only: false,
+            snapshot: None,
             cache: Cache::Writeback,
             discard: true,
             backing: BackingPolicy::SameDirectory,

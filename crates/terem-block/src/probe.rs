@@ -1,31 +1,48 @@
 //! Which format an image has, by its first bytes.
 
+use crate::Format;
+
 /// Bytes at a file's beginning that a probe looks at.
 pub(crate) const HEAD: usize = 512;
 
-/// "QFI\xfb", the first bytes of a qcow2 image (specification, "Header").
-pub(crate) const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
-
-/// Signatures of image formats: offset, bytes, name.
-const SIGNATURES: [(usize, &[u8], &str); 10] = [
-    (0, &QCOW_MAGIC, "qcow2"),
-    (0, b"KDMV", "vmdk"),
+/// Signatures of image formats that are none of ours: offset, bytes, name.
+const FOREIGN: [(usize, &[u8], &str); 4] = [
     (0, b"COWD", "vmdk (ESX)"),
-    (0, b"# Disk DescriptorFile", "vmdk (descriptor)"),
-    (0x40, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
-    (0, b"conectix", "vpc"),
-    (0, b"vhdxfile", "vhdx"),
     (0, b"QED\0", "qed"),
     (0, b"LUKS\xba\xbe", "luks"),
     (0, b"WithoutFreeSpace", "parallels"),
 ];
 
-/// The format whose signature is in `head`, or `None` for what can only be raw.
-pub(crate) fn foreign_format(head: &[u8]) -> Option<&'static str> {
-    SIGNATURES
-        .iter()
-        .find(|(at, bytes, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(bytes)))
-        .map(|&(_, _, name)| name)
+/// What a file looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Looks {
+    /// Nothing that is known: a plain disk.
+    Raw,
+    /// One of our formats.
+    Like(Format),
+    /// A format that cannot be opened.
+    Foreign(&'static str),
+}
+
+impl Looks {
+    /// The format's name, or `None` for what can only be raw.
+    pub(crate) fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Raw => None,
+            Self::Like(format) => Some(format.name()),
+            Self::Foreign(name) => Some(name),
+        }
+    }
+}
+
+/// What a file that begins with `head` looks like.
+pub(crate) fn probe(head: &[u8]) -> Looks {
+    if let Some(format) = Format::found_in(head) {
+        return Looks::Like(format);
+    }
+    let is_there = |at: usize, bytes| head.get(at..).is_some_and(|rest| rest.starts_with(bytes));
+    let foreign = FOREIGN.iter().find(|&&(at, bytes, _)| is_there(at, bytes));
+    foreign.map_or(Looks::Raw, |&(_, _, name)| Looks::Foreign(name))
 }
 
 #[cfg(test)]
@@ -34,11 +51,12 @@ mod tests {
 
     #[test]
     fn signatures() {
-        assert_eq!(foreign_format(b"QFI\xfb\0\0\0\x03"), Some("qcow2"));
-        assert_eq!(foreign_format(b"QFI"), None);
+        assert_eq!(probe(b"QFI\xfb\0\0\0\x03"), Looks::Like(Format::Qcow2));
+        assert_eq!(probe(b"QFI"), Looks::Raw);
         let mut vdi = [0; HEAD];
         vdi[0x40..0x44].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
-        assert_eq!(foreign_format(&vdi), Some("vdi"));
-        assert_eq!(foreign_format(&[0; HEAD]), None);
+        assert_eq!(probe(&vdi).name(), Some("vdi"));
+        assert_eq!(probe(b"QED\0").name(), Some("qed"));
+        assert_eq!(probe(&[0; HEAD]), Looks::Raw);
     }
 }

@@ -23,15 +23,20 @@
 //!   counts are at least as high as its references: a crash leaves leaked clusters at worst.
 
 mod allocate;
+mod bitmap;
 mod cache;
 mod check;
 mod compressed;
 mod create;
+mod driver;
+mod edit;
 mod entry;
 mod header;
 mod image;
 mod mapping;
 mod metadata;
+mod operations;
+mod options;
 #[cfg(test)]
 mod power_tests;
 mod read;
@@ -39,12 +44,17 @@ mod rebuild;
 mod refcount;
 mod snapshot;
 mod tables;
+mod tracking;
 mod unmap;
 mod write;
 mod writeback;
 
-pub(crate) use check::check_image;
-pub(crate) use create::{Layout, write_new};
-pub(crate) use header::{Compression, Header};
-pub(crate) use image::Qcow2;
-pub(crate) use tables::Tables;
+pub(crate) use cache::{DirtyPart, TableCache};
+use check::check_image;
+pub(crate) use check::file_map;
+use create::write_new;
+pub(crate) use driver::{DRIVER, measure, preallocate_from};
+use header::Header;
+use image::Qcow2;
+pub(crate) use operations::{bitmap_bits, check_file, disk_size, edit, repair, set_backing};
+use tables::Tables;

@@ -1,10 +1,33 @@
 //! Raw images: the bytes of the file are the bytes of the disk.
 
-use crate::IoError;
+use crate::chain::{ImageFile, Opening};
+use crate::create::reserve_storage;
 use crate::engine::View;
+use crate::extent::Extent;
 use crate::file::{File, to_usize};
-use crate::probe::{HEAD, foreign_format};
+use crate::format::{Driver, NewImage};
+use crate::node::{Answer, Image, Node};
+use crate::probe::{HEAD, probe};
 use crate::range_lock::RangeLock;
+use crate::{Format, ImageInfo, IoError, OpenError};
+
+pub(crate) static DRIVER: Driver = Driver {
+    format: Format::Raw,
+    names: &["raw", "host_device", "file"],
+    probe: |_| false,
+    open: |opening| Raw::open(opening).map(Node::new),
+    describe: |image: &ImageFile, info: &mut ImageInfo| {
+        info.virtual_size = image.len();
+        Ok(())
+    },
+    check: None,
+    create: |new: &NewImage<'_>| {
+        let done = new.file.set_len(new.size);
+        done.and_then(|()| reserve_storage(new.file, 0, new.size, new.options.preallocation))
+            .map_err(|e| OpenError::io(new.path, "writing the new image", e))
+    },
+    options: &[],
+};
 
 /// A raw image.
 pub(crate) struct Raw {
@@ -17,25 +40,16 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    pub(crate) fn new(file: File, probed: bool, discard: bool) -> Self {
+    fn open(opening: Opening<'_>) -> Result<Self, OpenError> {
+        let guard = (opening.probed && opening.writing).then(RangeLock::default);
+        let discard = opening.options.discard;
+        let file = opening.storage()?;
         // A last part of a sector is padded, as QEMU does.
         let size = file.len().checked_next_multiple_of(512).unwrap_or(file.len());
-        Self { file, size, guard: probed.then(RangeLock::default), discard }
+        Ok(Self { file, size, guard, discard })
     }
 
-    pub(crate) fn size(&self) -> u64 {
-        self.size
-    }
-
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-
-    pub(crate) async fn read(&self, offset: u64, view: View) -> Result<(), IoError> {
-        self.file.read(offset, &[view]).await
-    }
-
-    pub(crate) async fn write(&self, offset: u64, view: View) -> Result<(), IoError> {
+    async fn write(&self, offset: u64, view: View) -> Result<(), IoError> {
         let Some(guard) = self.guard.as_ref().filter(|_| offset < HEAD as u64) else {
             return self.file.write(offset, &[view]).await;
         };
@@ -46,7 +60,7 @@ impl Raw {
         let head = View::copy_of(&view.part(0, covered).to_vec());
         let mut sector = self.file.read_bytes(0, HEAD).await?;
         sector[start..start + covered].copy_from_slice(&head.to_vec());
-        if let Some(format) = foreign_format(&sector) {
+        if let Some(format) = probe(&sector).name() {
             tracing::warn!(
                 path = %self.file.path().display(), format,
                 "refused a write that would make this raw disk look like another format; \
@@ -56,16 +70,50 @@ impl Raw {
         }
         self.file.write(offset, &[head, view.part(covered, view.len())]).await
     }
+}
 
-    pub(crate) async fn flush(&self) -> Result<(), IoError> {
-        self.file.sync().await
+impl Image for Raw {
+    fn format(&self) -> Format {
+        Format::Raw
     }
 
-    pub(crate) async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-        if self.discard { self.file.discard(offset, length).await } else { Ok(()) }
+    fn size(&self) -> u64 {
+        self.size
     }
 
-    pub(crate) async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), IoError> {
-        self.file.write_zeroes(offset, length, unmap && self.discard).await
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn unit(&self) -> u64 {
+        0
+    }
+
+    fn read(&self, offset: u64, view: View) -> Answer<'_> {
+        Box::pin(async move { self.file.read(offset, &[view]).await })
+    }
+
+    fn write(&self, offset: u64, view: View) -> Answer<'_> {
+        Box::pin(self.write(offset, view))
+    }
+
+    fn flush(&self) -> Answer<'_> {
+        Box::pin(self.file.sync())
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Answer<'_> {
+        Box::pin(async move { if self.discard { self.file.discard(offset, length).await } else { Ok(()) } })
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Answer<'_> {
+        Box::pin(self.file.write_zeroes(offset, length, unmap && self.discard))
+    }
+
+    fn plain_data(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
+        Box::pin(async move { Ok(self.file.status(offset, length)) })
     }
 }

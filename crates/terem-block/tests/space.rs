@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use peer::{Scratch, assert_clean, options, str};
-use terem_block::{AioEngine, CreateOptions, Disk, Format, IoError, Op};
+use terem_block::{AioEngine, CreateOptions, Disk, Format, IoError, Op, Qcow2Options};
 
 const PIECE: usize = 100_000;
 
@@ -63,8 +63,11 @@ fn no_space_fails_one_request_only() {
     let scratch = Scratch::new();
     for cluster_size in [512, 65536] {
         let image = scratch.path("full.qcow2");
-        let options =
-            CreateOptions { cluster_size, overwrite: true, ..CreateOptions::new(Format::Qcow2, 8 << 20) };
+        let options = CreateOptions {
+            qcow2: Qcow2Options { cluster_size, ..Qcow2Options::default() },
+            overwrite: true,
+            ..CreateOptions::new(Format::Qcow2, 8 << 20)
+        };
         terem_block::create(&image, &options).expect("made");
         limited(&image, 2048);
         assert_clean(&image);

@@ -9,8 +9,8 @@ use std::os::unix::fs::MetadataExt;
 
 use peer::{Random, Scratch, assert_clean, run, str};
 use terem_block::{
-    AioEngine, BackingFile, BackingPolicy, BlockBackend, CreateOptions, Disk, Format, Op, OpenError,
-    OpenOptions, Preallocation, convert, create, import, info,
+    AioEngine, BackingFile, BackingPolicy, BlockBackend, ConvertOptions, CreateOptions, Disk, Format, Op,
+    OpenError, OpenOptions, Preallocation, Qcow2Options, convert, create, import, info,
 };
 
 #[test]
@@ -31,12 +31,8 @@ fn created_images_are_what_qemu_expects() {
                 continue;
             }
             let image = scratch.path(&format!("{i}{preallocation:?}.qcow2"));
-            let options = CreateOptions {
-                cluster_size,
-                lazy_refcounts: lazy,
-                preallocation,
-                ..CreateOptions::new(Format::Qcow2, size)
-            };
+            let qcow2 = Qcow2Options { cluster_size, lazy_refcounts: lazy, ..Qcow2Options::default() };
+            let options = CreateOptions { qcow2, preallocation, ..CreateOptions::new(Format::Qcow2, size) };
             create(&image, &options).expect("made");
             assert_clean(&image);
             let json = run("qemu-img", &["info", "--output=json", str(&image)]);
@@ -52,17 +48,27 @@ fn created_images_are_what_qemu_expects() {
     }
 }
 
+fn clusters(cluster_size: u32) -> Qcow2Options {
+    Qcow2Options { cluster_size, ..Qcow2Options::default() }
+}
+
 #[test]
 fn create_refuses_what_makes_no_sense() {
     let scratch = Scratch::new();
     let image = scratch.path("new.qcow2");
     let plain = CreateOptions::new(Format::Qcow2, 1 << 20);
     for bad in [
-        CreateOptions { cluster_size: 1000, ..plain.clone() },
-        CreateOptions { cluster_size: 4 << 20, ..plain.clone() },
+        CreateOptions { qcow2: clusters(1000), ..plain.clone() },
+        CreateOptions { qcow2: clusters(4 << 20), ..plain.clone() },
+        CreateOptions { qcow2: Qcow2Options { refcount_bits: 3, ..clusters(512) }, ..plain.clone() },
+        CreateOptions { qcow2: Qcow2Options { extended_l2: true, ..clusters(8192) }, ..plain.clone() },
+        CreateOptions {
+            qcow2: Qcow2Options { version: 2, refcount_bits: 8, ..clusters(512) },
+            ..plain.clone()
+        },
         CreateOptions { size: None, ..plain.clone() },
         CreateOptions { size: Some(u64::MAX), ..plain.clone() },
-        CreateOptions { size: Some(1 << 50), cluster_size: 512, ..plain.clone() },
+        CreateOptions { size: Some(1 << 50), qcow2: clusters(512), ..plain.clone() },
     ] {
         assert!(matches!(create(&image, &bad), Err(OpenError::Limit { .. })), "{bad:?}");
         assert!(!image.exists(), "{bad:?} left a file");
@@ -122,24 +128,26 @@ fn copies_are_equal_and_sparse() {
     let (qcow2, back) = (scratch.path("copy.qcow2"), scratch.path("back.raw"));
     let (mut last, mut calls) = (0, 0);
     let target = CreateOptions::default();
-    convert(&raw, &OpenOptions::default(), &qcow2, &target, &mut |done, all| {
+    convert(&raw, &OpenOptions::default(), &qcow2, &target, &ConvertOptions::default(), &mut |done, all| {
         assert!(done >= last && all == size as u64);
         (last, calls) = (done, calls + 1);
+        true
     })
     .expect("copied");
-    assert!(last == size as u64 && calls > 1);
+    assert!(last == size as u64 && calls > 0);
     assert_clean(&qcow2);
     run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", str(&raw), str(&qcow2)]);
     assert!(fs::metadata(&qcow2).expect("there").len() < 4 << 20, "zeroes take space");
 
     let target = CreateOptions { format: Format::Raw, ..CreateOptions::default() };
-    convert(&qcow2, &OpenOptions::default(), &back, &target, &mut |_, _| {}).expect("copied");
+    convert(&qcow2, &OpenOptions::default(), &back, &target, &ConvertOptions::default(), &mut |_, _| true)
+        .expect("copied");
     assert!(fs::read(&back).expect("read") == bytes);
     assert!(fs::metadata(&back).expect("there").blocks() * 512 < 4 << 20, "zeroes take space");
 
     let imported = scratch.path("imported.qcow2");
     let mut source = fs::File::open(&raw).expect("opened");
-    import(&mut source, size as u64 + 4096, &imported, &CreateOptions::default(), &mut |_, _| {})
+    import(&mut source, Some(size as u64 + 4096), &imported, &CreateOptions::default(), &mut |_, _| true)
         .expect("imported");
     assert_clean(&imported);
     bytes.extend([0; 4096]);
@@ -177,9 +185,20 @@ fn backing_policies_reach_the_copy() {
     create(&image, &CreateOptions { backing, ..CreateOptions::default() }).expect("made");
     let flat = scratch.path("flat.qcow2");
     let none = OpenOptions { backing: BackingPolicy::None, ..OpenOptions::default() };
-    let e = convert(&image, &none, &flat, &CreateOptions::default(), &mut |_, _| {}).expect_err("refused");
+    let e =
+        convert(&image, &none, &flat, &CreateOptions::default(), &ConvertOptions::default(), &mut |_, _| {
+            true
+        })
+        .expect_err("refused");
     assert!(matches!(e, OpenError::BackingRefused { .. }) && !flat.exists());
-    convert(&image, &OpenOptions::default(), &flat, &CreateOptions::default(), &mut |_, _| {})
-        .expect("flattened");
+    convert(
+        &image,
+        &OpenOptions::default(),
+        &flat,
+        &CreateOptions::default(),
+        &ConvertOptions::default(),
+        &mut |_, _| true,
+    )
+    .expect("flattened");
     run("qemu-img", &["compare", str(&image), str(&flat)]);
 }

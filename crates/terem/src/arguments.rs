@@ -1,9 +1,9 @@
 //! The command line.
 
+use crate::disk::arguments::DiskCommand;
 use crate::exit;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
-use terem_config::ByteSize;
 
 /// Virtual machines with or without hardware virtualisation.
 #[derive(Debug, Parser)]
@@ -73,6 +73,13 @@ pub enum Command {
     /// Disk images.
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Disk images, with qemu-img's own commands and options.
+    #[command(name = "qemu-img", disable_help_flag = true)]
+    QemuImg {
+        /// As for qemu-img.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Show what this host can give to machines.
     Host {
         /// As JSON.
@@ -181,86 +188,6 @@ pub enum Switch {
     On,
     /// Off.
     Off,
-}
-
-/// Disk images.
-#[derive(Debug, Subcommand)]
-pub enum DiskCommand {
-    /// Make an image.
-    Create {
-        /// Its format.
-        #[arg(long, default_value = "qcow2")]
-        format: ImageFormat,
-        /// Backing file, from which everything shows through that is not written.
-        #[arg(long, value_name = "IMAGE", requires = "backing_format")]
-        backing: Option<PathBuf>,
-        /// Format of the backing file.
-        #[arg(long, value_name = "FORMAT", requires = "backing")]
-        backing_format: Option<ImageFormat>,
-        /// Size of a qcow2 cluster.
-        #[arg(long, value_name = "SIZE", default_value = "64K")]
-        cluster_size: ByteSize,
-        /// Replace a file that is there.
-        #[arg(long)]
-        overwrite: bool,
-        /// The image.
-        path: PathBuf,
-        /// Size of the disk, such as 20G. Not given: the backing file's.
-        size: Option<ByteSize>,
-    },
-    /// Show what an image is.
-    Info {
-        /// Its format. Not given: read from the image.
-        #[arg(long)]
-        format: Option<ImageFormat>,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image.
-        path: PathBuf,
-    },
-    /// Check an image without changing it.
-    Check {
-        /// Its format. Not given: read from the image.
-        #[arg(long)]
-        format: Option<ImageFormat>,
-        /// As JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image.
-        path: PathBuf,
-    },
-    /// Copy an image into another format. Zeroes take no space.
-    Convert {
-        /// Format of the source. Not given: read from the image.
-        #[arg(long, value_name = "FORMAT")]
-        from: Option<ImageFormat>,
-        /// Format of the target.
-        #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
-        to: ImageFormat,
-        /// Size of a qcow2 cluster.
-        #[arg(long, value_name = "SIZE", default_value = "64K")]
-        cluster_size: ByteSize,
-        /// Replace a file that is there.
-        #[arg(long)]
-        overwrite: bool,
-        /// Print what was made as JSON.
-        #[arg(long)]
-        json: bool,
-        /// The image to copy.
-        source: PathBuf,
-        /// The image to make.
-        target: PathBuf,
-    },
-}
-
-/// Format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ImageFormat {
-    /// The bytes of the disk as they are.
-    Raw,
-    /// QEMU's copy-on-write format.
-    Qcow2,
 }
 
 fn exit_codes() -> String {

@@ -22,6 +22,8 @@ pub enum Exit {
     Stopped,
     /// `disk check` found mistakes.
     ImageDamaged,
+    /// `disk compare` found a difference.
+    Different,
     /// The guest wrote this value to the debug exit port.
     ByGuest(u32),
     /// What the machine's own process ended with.
@@ -29,7 +31,7 @@ pub enum Exit {
 }
 
 /// What is told of each code in the help and the reference.
-pub const DESCRIPTIONS: [(u8, &str); 9] = [
+pub const DESCRIPTIONS: [(u8, &str); 10] = [
     (0, "the guest switched itself off, or the command did its work"),
     (1, "the host failed: a file, a program, memory, or a machine that does not answer"),
     (2, "the configuration or the command line is wrong"),
@@ -38,6 +40,7 @@ pub const DESCRIPTIONS: [(u8, &str); 9] = [
     (5, "a processor of the guest shut down (triple fault) under --no-reboot"),
     (6, "the machine was ended from outside: Ctrl-a x, terem stop --force, a signal"),
     (7, "disk check found damage"),
+    (8, "disk compare found a difference"),
     (64, "to 127: the guest wrote to the debug exit port; 64 + the value's low 6 bits"),
 ];
 
@@ -53,6 +56,7 @@ impl Exit {
             Self::TripleFault => 5,
             Self::Stopped => 6,
             Self::ImageDamaged => 7,
+            Self::Different => 8,
             Self::OfChild(code) => code,
             Self::ByGuest(value) => 64 | (value.to_le_bytes()[0] & 0x3f),
         }
@@ -93,6 +97,7 @@ mod tests {
             Exit::TripleFault,
             Exit::Stopped,
             Exit::ImageDamaged,
+            Exit::Different,
             Exit::ByGuest(0),
         ];
         assert_eq!(exits.map(Exit::code), DESCRIPTIONS.map(|(code, _)| code));

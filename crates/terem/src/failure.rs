@@ -33,6 +33,13 @@ impl Failure {
         self
     }
 
+    /// The same with another exit code.
+    #[must_use]
+    pub fn exit(mut self, exit: Exit) -> Self {
+        self.exit = exit;
+        self
+    }
+
     /// Several mistakes, one to a line.
     pub fn configuration_lines(lines: Vec<String>) -> Self {
         Self { exit: Exit::BadConfiguration, lines, hint: None }

@@ -12,6 +12,7 @@ mod failure;
 mod host;
 mod logging;
 mod machines;
+mod qemu_img;
 mod reference;
 mod run;
 mod settings;
@@ -23,12 +24,17 @@ use arguments::{Arguments, Command, ConfigCommand};
 use clap::{CommandFactory, FromArgMatches};
 use exit::Exit;
 use failure::Failure;
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     terminal::restore_on_panic();
+    let name = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&name).file_name().is_some_and(|name| name == "qemu-img") {
+        return qemu_img::main(std::env::args_os());
+    }
     let matches = reference::with_keys(Arguments::command()).get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let Err(failure) = logging::start(&arguments.log) {
@@ -49,6 +55,9 @@ fn main() -> ExitCode {
         Command::Config(ConfigCommand::Check { file }) => check(&file),
         Command::Config(ConfigCommand::Reference) => print(&reference::markdown()),
         Command::Disk(command) => disk::run(&command),
+        Command::QemuImg { arguments } => {
+            return qemu_img::main([OsString::from("qemu-img")].into_iter().chain(arguments));
+        }
         Command::Host { json } => host::show(json),
     };
     match exit {

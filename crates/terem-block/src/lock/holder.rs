@@ -40,3 +40,14 @@ fn holds(process: &Path, file: &str) -> bool {
             .is_ok_and(|text| text.lines().any(|line| line.starts_with("lock:") && line.contains(file)))
     })
 }
+
+impl Holder {
+    /// Whether it is a process that we have just made, and that only has our open files until it runs its program.
+    pub(crate) fn is_passing(&self) -> bool {
+        let ours = std::process::id();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        // "pid (command) state parent …"; the command can have anything in it. No such process: it is gone.
+        let parent = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)?.parse::<u32>().ok());
+        stat.is_empty() || parent == Some(ours)
+    }
+}

@@ -34,7 +34,7 @@ impl Qcow2 {
         Ok(offset)
     }
 
-    async fn take(&self, want: u64) -> Result<(u64, u64), IoError> {
+    pub(super) async fn take(&self, want: u64) -> Result<(u64, u64), IoError> {
         loop {
             let from = self.first_free.get();
             let (index, place) = self.counts.place(from);
@@ -68,6 +68,19 @@ impl Qcow2 {
             self.first_free.set(first + count);
             return Ok((first, count));
         }
+    }
+
+    /// Counts one more reference of a cluster in use; false where that cannot be. The caller holds `allocating`.
+    pub(super) async fn count_up(&self, cluster: u64) -> Result<bool, IoError> {
+        let (index, place) = self.counts.place(cluster);
+        let counts = self.counts;
+        let Some(block) = self.present_block(index).await? else { return Ok(false) };
+        let count = self.blocks.with(block, |b| counts.get(b, place)).unwrap_or(0);
+        if count == 0 || count == counts.max() {
+            return Ok(false);
+        }
+        self.blocks.change(block, counts.bytes(place), |b| counts.set(b, place, count + 1));
+        Ok(true)
     }
 
     /// Makes a refcount block present: its offset, or `None` where there is none.
@@ -205,7 +218,7 @@ impl Qcow2 {
         self.reclaim_locked().await
     }
 
-    async fn reclaim_locked(&self) -> Result<(), IoError> {
+    pub(super) async fn reclaim_locked(&self) -> Result<(), IoError> {
         let list = std::mem::take(&mut *self.reclaimable.borrow_mut());
         if list.is_empty() {
             return Ok(());
@@ -253,6 +266,9 @@ impl Qcow2 {
                     self.blocks.change(block, counts.bytes(place), |b| counts.set(b, place, 0));
                 }
                 self.first_free.set(self.first_free.get().min(cluster));
+                if self.packing.get() >> self.bits() == cluster {
+                    self.packing.set(0);
+                }
             }
         }
         Ok(())

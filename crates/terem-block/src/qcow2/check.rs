@@ -2,32 +2,29 @@
 
 use std::collections::HashSet;
 
-use super::entry::{COPIED, Mapping, OFFSET};
-use super::header::{BITMAPS, be32, be64};
+use super::bitmap::read_bitmaps;
+use super::entry::{COPIED, Cluster, Mapping, OFFSET};
+use super::header::BITMAPS;
 use super::refcount::RefcountFormat;
 use super::tables::{Tables, read_table};
-use crate::OpenError;
 use crate::chain::ImageFile;
 use crate::check::CheckReport;
+use crate::{FileRun, FileUse, OpenError};
 
 /// Most clusters of a file that is checked; bounds memory to 1 GiB.
 const MAX_CLUSTERS: u64 = 1 << 27;
-/// Most bitmaps (`QCOW2_MAX_BITMAPS` of QEMU) and bytes of their directory.
-const MAX_BITMAPS: u32 = 65535;
-const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
-/// Most bytes of one bitmap's table.
-const MAX_BITMAP_TABLE: u64 = 64 << 20;
-
 /// References of each host cluster.
 pub(super) struct References {
     cluster_bits: u32,
+    /// Where the active disk's next cluster would go on.
+    next_host: u64,
     pub(super) counts: Vec<u32>,
     pub(super) report: CheckReport,
 }
 
 /// Checks a qcow2 image's consistency without changing it.
 pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckReport, OpenError> {
-    let mut references = References::count(image, tables)?;
+    let mut references = References::count(image, tables, 0)?;
     references.count_refcount_structures(image, tables);
     let stored = stored_counts(image, tables, references.counts.len())?;
     let mut report = references.report;
@@ -37,7 +34,7 @@ pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckRep
         } else if stored > counted {
             report.leaks += 1;
         }
-        if counted > 0 {
+        if counted > 0 || stored > 0 {
             report.image_end = (cluster as u64 + 1) << tables.header.cluster_bits;
         }
     }
@@ -46,13 +43,13 @@ pub(crate) fn check_image(image: &ImageFile, tables: &Tables) -> Result<CheckRep
 }
 
 impl References {
-    /// Counts the references of all structures but the refcounts' own.
+    /// Counts the references of all structures but the refcounts' own, in the file or its first `clusters`.
     ///
     /// # Errors
     /// [`OpenError`] when the image cannot be read; what is wrong in it is in the report.
-    pub(super) fn count(image: &ImageFile, tables: &Tables) -> Result<Self, OpenError> {
+    pub(super) fn count(image: &ImageFile, tables: &Tables, clusters: u64) -> Result<Self, OpenError> {
         let header = &tables.header;
-        let clusters = image.len().div_ceil(header.cluster_size());
+        let clusters = image.len().div_ceil(header.cluster_size()).max(clusters);
         if clusters > MAX_CLUSTERS {
             let what = format!("{clusters} clusters are too many to check");
             return Err(OpenError::Limit { path: image.path().to_owned(), what });
@@ -62,7 +59,7 @@ impl References {
             ..CheckReport::default()
         };
         let counts = vec![0; usize::try_from(clusters).unwrap_or(0)];
-        let mut this = Self { cluster_bits: header.cluster_bits, counts, report };
+        let mut this = Self { cluster_bits: header.cluster_bits, next_host: 0, counts, report };
         this.add(0, header.cluster_size(), "the header");
         this.count_tree(image, tables, header.l1_offset, &tables.l1, true)?;
         for snapshot in &tables.snapshots {
@@ -71,8 +68,8 @@ impl References {
             this.count_tree(image, tables, snapshot.l1_offset, &l1, false)?;
         }
         this.add(header.snapshots_offset, tables.snapshot_bytes, "the snapshot table");
-        if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & BITMAPS != 0) {
-            this.count_bitmaps(image, bitmaps)?;
+        if header.autoclear & BITMAPS != 0 {
+            this.count_bitmaps(image, tables)?;
         }
         Ok(this)
     }
@@ -115,67 +112,65 @@ impl References {
                 self.report.error(format!("two L1 entries refer to {l2_offset:#x}"));
                 continue;
             }
-            for entry in read_table(image, l2_offset, cluster, "an L2 table")? {
-                let mapping = match Mapping::decode(entry, bits, tables.header.version) {
-                    Ok(mapping) => mapping,
-                    Err(what) => {
-                        self.report.error(what);
-                        continue;
-                    }
-                };
-                match mapping {
-                    Mapping::Unallocated | Mapping::Zero { host: None, .. } => continue,
-                    Mapping::Compressed { host, length } => {
-                        self.report.compressed_clusters += u64::from(active);
-                        self.add(
-                            host,
-                            length.min(image.len().saturating_sub(host).max(1)),
-                            "a compressed cluster",
-                        );
-                    }
-                    Mapping::Zero { host: Some(host), .. } | Mapping::Data { host, .. } => {
-                        self.add(host, cluster, "a data cluster");
-                    }
+            let format = tables.header.l2_format();
+            for entry in format.entries(&image.read(l2_offset, cluster, "an L2 table")?) {
+                match format.decode(entry) {
+                    Ok(found) => self.count_cluster(image, &found, bits, active, format.external),
+                    Err(what) => self.report.error(what),
                 }
-                self.report.allocated_clusters += u64::from(active);
             }
         }
         Ok(())
+    }
+
+    fn count_cluster(&mut self, image: &ImageFile, found: &Cluster, bits: u32, active: bool, external: bool) {
+        match found.mapping {
+            Mapping::Unallocated | Mapping::Zero { host: None, .. } => return,
+            Mapping::Compressed { .. } if external => {
+                self.report.error("a compressed cluster with an external data file".into());
+            }
+            Mapping::Compressed { host, length } => {
+                self.report.compressed_clusters += u64::from(active);
+                let there = image.len().saturating_sub(host).max(1);
+                self.add(host, length.min(there), "a compressed cluster");
+            }
+            Mapping::Zero { host: Some(_), .. } | Mapping::Data { .. } if external => {}
+            Mapping::Zero { host: Some(host), .. } | Mapping::Data { host, .. } => {
+                self.add(host, 1 << bits, "a data cluster");
+            }
+        }
+        if active {
+            self.report.allocated_clusters += 1;
+            let host = found.host().map(|(host, _)| host);
+            // Compressed clusters never count as lying in a row.
+            let fragmented = host.is_none_or(|host| self.next_host != 0 && host != self.next_host);
+            self.report.fragmented_clusters += u64::from(fragmented);
+            self.next_host = host.map_or(self.next_host, |host| host + (1 << bits));
+        }
     }
 
     /// Counts the bitmaps (specification, "Bitmaps").
-    fn count_bitmaps(&mut self, image: &ImageFile, bitmaps: (u64, u64, u32)) -> Result<(), OpenError> {
-        let (offset, bytes, number) = bitmaps;
-        if number > MAX_BITMAPS || bytes > MAX_BITMAP_DIRECTORY {
-            self.report.error(format!("a directory of {number} bitmaps in {bytes} bytes"));
-            return Ok(());
-        }
-        self.add(offset, bytes, "the bitmap directory");
-        let directory = image.read(offset, bytes, "the bitmap directory")?;
-        let mut at = 0;
-        for _ in 0..number {
-            let Some(entry) = directory.get(at..).filter(|rest| rest.len() >= 24) else {
-                self.report.error("the bitmap directory is cut short".into());
-                break;
-            };
-            let (table, size) = (be64(entry, 0), u64::from(be32(entry, 8)));
-            let (name, extra) = (be32(entry, 16) & 0xffff, be32(entry, 20));
-            at += (24 + name as usize + extra as usize).next_multiple_of(8);
-            if size * 8 > MAX_BITMAP_TABLE {
-                self.report.error(format!("a bitmap table of {size} entries"));
-                continue;
+    fn count_bitmaps(&mut self, image: &ImageFile, tables: &Tables) -> Result<(), OpenError> {
+        let Some((offset, bytes, _)) = tables.header.bitmaps else { return Ok(()) };
+        let bitmaps = match read_bitmaps(image, &tables.header) {
+            Ok(bitmaps) => bitmaps,
+            Err(OpenError::Corrupt { what, .. }) => {
+                self.report.error(what);
+                return Ok(());
             }
-            self.add(table, size * 8, "a bitmap table");
-            for entry in read_table(image, table, size * 8, "a bitmap table")? {
-                if entry & OFFSET != 0 {
-                    self.add(entry & OFFSET, 1 << self.cluster_bits, "a bitmap's cluster");
-                }
+            Err(e) => return Err(e),
+        };
+        self.add(offset, bytes, "the bitmap directory");
+        for bitmap in bitmaps {
+            self.add(bitmap.table_offset, bitmap.table.len() as u64 * 8, "a bitmap table");
+            for entry in bitmap.table.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+                self.add(entry, 1 << self.cluster_bits, "a bitmap's cluster");
             }
         }
         Ok(())
     }
 
-    fn count_refcount_structures(&mut self, image: &ImageFile, tables: &Tables) {
+    pub(super) fn count_refcount_structures(&mut self, image: &ImageFile, tables: &Tables) {
         let cluster = tables.header.cluster_size();
         self.add(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, "the refcount table");
         for block in tables.reftable.iter().map(|e| e & OFFSET).filter(|&b| b != 0) {
@@ -226,21 +221,86 @@ fn check_copied(
         if (entry & COPIED != 0) != (count(l2) == Some(1)) {
             report.error(format!("an L1 entry's copied flag is wrong for {l2:#x}"));
         }
-        for entry in read_table(image, l2, cluster, "an L2 table")? {
-            let (host, copied) = match Mapping::decode(entry, bits, tables.header.version) {
-                Ok(Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied }) => {
-                    (host, copied)
-                }
-                Ok(Mapping::Compressed { .. }) if entry & COPIED != 0 => {
-                    report.error("a compressed cluster has the copied flag".into());
-                    continue;
-                }
-                _ => continue,
-            };
-            if copied != (count(host) == Some(1)) {
+        let format = tables.header.l2_format();
+        for entry in format.entries(&image.read(l2, cluster, "an L2 table")?) {
+            let Ok(found) = format.decode(entry) else { continue };
+            if matches!(found.mapping, Mapping::Compressed { .. }) && entry.descriptor & COPIED != 0 {
+                report.error("a compressed cluster has the copied flag".into());
+            }
+            // Clusters of an external file are always ours alone.
+            let Some((host, copied)) = found.host() else { continue };
+            if copied != (format.external || count(host) == Some(1)) {
                 report.error(format!("an L2 entry's copied flag is wrong for {host:#x}"));
             }
         }
     }
     Ok(())
+}
+
+/// What lies where in an image's file.
+pub(crate) fn file_map(image: &ImageFile) -> Result<Vec<FileRun>, OpenError> {
+    let tables = Tables::read(image, super::header::Header::read(image)?)?;
+    let cluster = tables.header.cluster_size();
+    let mut references = References::count(image, &tables, 0)?;
+    references.count_refcount_structures(image, &tables);
+    let stored = stored_counts(image, &tables, references.counts.len())?;
+    // Whatever is counted and none of what follows belongs to snapshots or bitmaps.
+    let mut uses: Vec<Option<FileUse>> = references
+        .counts
+        .iter()
+        .zip(&stored)
+        .map(|(&counted, &stored)| match (counted, stored) {
+            (0, 0) => None,
+            (0, _) => Some(FileUse::Leaked),
+            _ => Some(FileUse::Snapshot),
+        })
+        .collect();
+    let mut mark = |offset: u64, bytes: u64, what: FileUse| {
+        if bytes == 0 {
+            return;
+        }
+        for number in offset / cluster..=offset.saturating_add(bytes - 1) / cluster {
+            match usize::try_from(number).ok().and_then(|number| uses.get_mut(number)) {
+                Some(place) => *place = Some(what),
+                None => break,
+            }
+        }
+    };
+    mark(0, cluster, FileUse::Table);
+    mark(tables.header.l1_offset, tables.l1.len() as u64 * 8, FileUse::Table);
+    mark(tables.header.snapshots_offset, tables.snapshot_bytes, FileUse::Table);
+    mark(tables.header.reftable_offset, tables.reftable.len() as u64 * 8, FileUse::Refcounts);
+    for block in tables.reftable.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+        mark(block, cluster, FileUse::Refcounts);
+    }
+    let format = tables.header.l2_format();
+    let mut seen = HashSet::new();
+    for offset in tables.l1.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
+        if !offset.is_multiple_of(cluster) || offset + cluster > image.len() || !seen.insert(offset) {
+            continue;
+        }
+        mark(offset, cluster, FileUse::Table);
+        for entry in format.entries(&image.read(offset, cluster, "an L2 table")?) {
+            let Ok(found) = format.decode(entry) else { continue };
+            let (first, count) = found.host_clusters(tables.header.cluster_bits);
+            if format.external && found.host().is_some() {
+                continue;
+            }
+            let compressed = matches!(found.mapping, Mapping::Compressed { .. });
+            mark(
+                first * cluster,
+                count * cluster,
+                if compressed { FileUse::Compressed } else { FileUse::Data },
+            );
+        }
+    }
+    let mut runs: Vec<FileRun> = Vec::new();
+    for (number, what) in uses.iter().enumerate() {
+        let (offset, Some(what)) = (number as u64 * cluster, *what) else { continue };
+        match runs.last_mut() {
+            Some(run) if run.what == what && run.offset + run.length == offset => run.length += cluster,
+            _ => runs.push(FileRun { offset, length: cluster, what }),
+        }
+    }
+    Ok(runs)
 }

@@ -1,16 +1,32 @@
-//! Compressed clusters (specification, "Compressed Clusters Descriptor").
+//! Compressed clusters (specification, "Compressed Clusters Descriptor"): reading them, and packing them one after the
+//! other into host clusters, which several of them share.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::Read;
 use std::rc::Rc;
 
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+
 use super::Qcow2;
-use super::header::Compression;
-use crate::IoError;
+use super::entry::Entry;
+use super::image::Dropped;
+use crate::engine::View;
 use crate::file::to_usize;
+use crate::{Compression, IoError};
 
 /// Decompressed clusters kept, since guests read neighbouring sectors one after the other.
 const KEPT: usize = 2;
+/// log2 of deflate's window: QEMU decompresses with no larger one.
+const WINDOW_BITS: u8 = 12;
+
+thread_local! {
+    // Making one takes longer than compressing a small cluster.
+    static DEFLATE: RefCell<Compress> =
+        RefCell::new(Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS));
+    static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> =
+        RefCell::new(zstd::bulk::Compressor::new(0).ok());
+}
 
 /// The clusters that were decompressed last, by their place in the file.
 #[derive(Debug, Default)]
@@ -52,6 +68,107 @@ impl Qcow2 {
         self.decompressed.borrow_mut().put(host, &bytes);
         Ok(bytes)
     }
+
+    /// Puts in clusters that [`compress`] has compressed: guest cluster and bytes, in ascending order.
+    pub(crate) async fn write_compressed(&self, clusters: &[(u64, Vec<u8>)]) -> Result<(), IoError> {
+        let ([(first, _), ..], [.., (last, _)]) = (clusters, clusters) else { return Ok(()) };
+        if self.l2_format.external {
+            return Err(IoError::Unsupported("compressed clusters with a data file"));
+        }
+        self.begin_write().await?;
+        self.mark_dirty(first << self.bits(), (last + 1 - first) << self.bits());
+        let _mapped = self.mapping_locks.exclusive(*first..last + 1).await;
+        let places = self.pack(clusters).await?;
+        let result = self.put_packed(clusters, &places).await;
+        if result.is_err() {
+            let drop = |(&host, (_, bytes)): (&u64, &(u64, Vec<u8>))| {
+                let end = host + bytes.len() as u64 - 1;
+                Dropped {
+                    first: host >> self.bits(),
+                    count: (end >> self.bits()) - (host >> self.bits()) + 1,
+                }
+            };
+            self.reclaimable.borrow_mut().extend(places.iter().zip(clusters).map(drop));
+            self.reclaim().await?;
+        }
+        result?;
+        self.limit_dropped().await
+    }
+
+    async fn put_packed(&self, clusters: &[(u64, Vec<u8>)], places: &[u64]) -> Result<(), IoError> {
+        // What lies together is written together.
+        let mut parts: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (&host, (_, bytes)) in places.iter().zip(clusters) {
+            match parts.last_mut() {
+                Some((start, part)) if *start + part.len() as u64 == host => part.extend(bytes),
+                _ => parts.push((host, bytes.clone())),
+            }
+        }
+        for (host, bytes) in parts {
+            self.file.write(host, &[View::copy_of(&bytes)]).await?;
+        }
+        let mut at = 0;
+        while at < clusters.len() {
+            let first = clusters[at].0;
+            let end = self.table_end(first);
+            let together = clusters[at..].iter().take_while(|c| c.0 < end).count();
+            let mut entries: Vec<Option<Entry>> = Vec::new();
+            for ((number, bytes), host) in clusters[at..at + together].iter().zip(&places[at..]) {
+                entries.resize(to_usize(number - first), None);
+                entries.push(Some(self.l2_format.compressed(*host, bytes.len() as u64)));
+            }
+            self.commit(first, &entries).await?;
+            at += together;
+        }
+        Ok(())
+    }
+
+    /// Places for compressed clusters, one after the other where they can be.
+    async fn pack(&self, clusters: &[(u64, Vec<u8>)]) -> Result<Vec<u64>, IoError> {
+        let cluster_size = self.cluster_size();
+        let mut places = Vec::with_capacity(clusters.len());
+        let _one = self.allocating.all().await;
+        self.reclaim_locked().await?;
+        for (_, bytes) in clusters {
+            let length = bytes.len() as u64;
+            let at = self.packing.get();
+            let room = at.next_multiple_of(cluster_size) - at;
+            let host = if length <= room && self.count_up(at >> self.bits()).await? {
+                at
+            } else {
+                let (cluster, _) = self.take(1).await?;
+                let next = cluster << self.bits();
+                // It may begin in the cluster before, if that is ours to fill.
+                if room > 0 && at + room == next && self.count_up(at >> self.bits()).await? {
+                    at
+                } else {
+                    next
+                }
+            };
+            self.packing.set(host + length);
+            places.push(host);
+        }
+        Ok(places)
+    }
+}
+
+/// Compresses a cluster, for the given method; `None` if that does not make it smaller.
+pub(crate) fn compress(method: Compression, data: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; data.len().checked_sub(1)?];
+    let length = match method {
+        Compression::Zlib => DEFLATE.with_borrow_mut(|stream| {
+            stream.reset();
+            match stream.compress(data, &mut bytes, FlushCompress::Finish) {
+                Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                _ => None,
+            }
+        })?,
+        Compression::Zstd => ZSTD.with_borrow_mut(|stream| {
+            stream.as_mut().and_then(|stream| stream.compress_to_buffer(data, &mut bytes).ok())
+        })?,
+    };
+    bytes.truncate(length);
+    Some(bytes)
 }
 
 /// Decompresses `data` to exactly `size` bytes; what follows in `data` is ignored.
@@ -59,7 +176,15 @@ fn decompress(compression: Compression, data: &[u8], size: usize) -> std::io::Re
     let mut bytes = vec![0; size];
     match compression {
         // "Raw deflate", without zlib's header.
-        Compression::Zlib => flate2::read::DeflateDecoder::new(data).read_exact(&mut bytes)?,
+        Compression::Zlib => {
+            let mut stream = Decompress::new(false);
+            let status = stream.decompress(data, &mut bytes, FlushDecompress::Finish);
+            match status {
+                Ok(_) if stream.total_out() == size as u64 => {}
+                Ok(_) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Err(e) => return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, e)),
+            }
+        }
         Compression::Zstd => zstd::stream::read::Decoder::with_buffer(data)?.read_exact(&mut bytes)?,
     }
     Ok(bytes)
@@ -68,21 +193,31 @@ fn decompress(compression: Compression, data: &[u8], size: usize) -> std::io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     #[test]
     fn both_methods_and_damage() {
         let plain: Vec<u8> = (0..65536u32).map(|i| (i / 7).to_le_bytes()[0]).collect();
-        let mut deflate = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
-        deflate.write_all(&plain).expect("in memory");
-        let mut zlib = deflate.finish().expect("in memory");
-        let mut zstd = zstd::encode_all(&plain[..], 3).expect("in memory");
-        for (method, data) in [(Compression::Zlib, &mut zlib), (Compression::Zstd, &mut zstd)] {
+        for method in [Compression::Zlib, Compression::Zstd] {
+            let mut data = compress(method, &plain).expect("smaller");
             data.extend([0xa5; 300]);
-            assert_eq!(decompress(method, data, plain.len()).expect("decompressed"), plain);
+            assert_eq!(decompress(method, &data, plain.len()).expect("decompressed"), plain);
             assert!(decompress(method, &data[..20], plain.len()).is_err());
             data[10..40].fill(0xff);
-            assert!(decompress(method, data, plain.len()).map_or(true, |bytes| bytes != plain));
+            assert!(decompress(method, &data, plain.len()).map_or(true, |bytes| bytes != plain));
         }
+    }
+
+    #[test]
+    fn noise_does_not_become_smaller() {
+        let mut x = 1u32;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            x.to_be_bytes()[0]
+        })
+        .take(4096)
+        .collect();
+        assert_eq!(compress(Compression::Zlib, &noise), None);
+        assert_eq!(compress(Compression::Zstd, &noise), None);
+        assert_eq!(compress(Compression::Zlib, &[]), None);
     }
 }

@@ -1,13 +1,18 @@
 //! The header and its extensions (specification, "Header" and "Header extensions").
 
-use crate::OpenError;
+use super::entry::L2Format;
 use crate::chain::ImageFile;
-use crate::probe::QCOW_MAGIC;
+use crate::{Compression, OpenError};
+
+/// "QFI\xfb", the first bytes of a qcow2 image.
+pub(crate) const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Header length of version 2.
 const V2_LENGTH: u32 = 72;
 /// Shortest header of version 3.
 const V3_LENGTH: u32 = 104;
+/// What storage writes whole or not at all.
+const SECTOR: usize = 512;
 /// Longest backing file name, in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
 /// Limits of tables that are kept in memory, in bytes or entries; the same as QEMU's, so that whatever it
@@ -24,25 +29,20 @@ pub(crate) const REFTABLE_AT: u64 = 48;
 /// Incompatible feature bits.
 pub(crate) const DIRTY: u64 = 1 << 0;
 pub(crate) const CORRUPT: u64 = 1 << 1;
-const EXTERNAL_DATA: u64 = 1 << 2;
+pub(crate) const EXTERNAL_DATA: u64 = 1 << 2;
 pub(crate) const COMPRESSION: u64 = 1 << 3;
-const EXTENDED_L2: u64 = 1 << 4;
+pub(crate) const EXTENDED_L2: u64 = 1 << 4;
 /// Compatible feature bits.
 pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear feature bits.
 pub(crate) const BITMAPS: u64 = 1 << 0;
+pub(crate) const RAW_EXTERNAL: u64 = 1 << 1;
 
 /// Extension types.
 pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
-const EXT_BITMAPS: u32 = 0x2385_2875;
-
-/// How compressed clusters are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
-    Zlib,
-    Zstd,
-}
+pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
+pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 
 /// A parsed and checked header.
 #[derive(Debug, Clone)]
@@ -58,6 +58,8 @@ pub(crate) struct Header {
     pub(crate) reftable_clusters: u32,
     pub(crate) snapshot_count: u32,
     pub(crate) snapshots_offset: u64,
+    /// 0: none, 1: AES, 2: LUKS.
+    pub(crate) crypt_method: u32,
     pub(crate) incompatible: u64,
     pub(crate) compatible: u64,
     pub(crate) autoclear: u64,
@@ -66,8 +68,14 @@ pub(crate) struct Header {
     pub(crate) compression: Compression,
     pub(crate) backing: Option<String>,
     pub(crate) backing_format: Option<String>,
+    /// The external data file's name.
+    pub(crate) data_file: Option<String>,
     /// The bitmap directory: offset, bytes, number of bitmaps.
     pub(crate) bitmaps: Option<(u64, u64, u32)>,
+    /// Extensions that are only kept.
+    other_extensions: Vec<(u32, Vec<u8>)>,
+    /// What follows the known fields of the header, only kept.
+    other_fields: Vec<u8>,
 }
 
 pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -81,6 +89,21 @@ pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
 impl Header {
     pub(crate) fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// How its L2 tables look.
+    pub(crate) fn l2_format(&self) -> L2Format {
+        L2Format {
+            cluster_bits: self.cluster_bits,
+            version: self.version,
+            extended: self.incompatible & EXTENDED_L2 != 0,
+            external: self.incompatible & EXTERNAL_DATA != 0,
+        }
+    }
+
+    /// Entries that the L1 table needs for a disk of `size` bytes.
+    pub(crate) fn l1_needed(&self, size: u64) -> u64 {
+        size.div_ceil(self.cluster_size() << self.l2_format().table_bits())
     }
 
     /// Whether refcounts may be behind while the image is open.
@@ -143,6 +166,7 @@ impl Header {
             reftable_clusters: be32(&head, 56),
             snapshot_count: be32(&head, 60),
             snapshots_offset: be64(&head, 64),
+            crypt_method: be32(&head, 32),
             incompatible: v3(72),
             compatible: v3(80),
             autoclear: v3(88),
@@ -150,10 +174,13 @@ impl Header {
             compression: Compression::Zlib,
             backing: None,
             backing_format: None,
+            data_file: None,
             bitmaps: None,
+            other_extensions: Vec::new(),
+            other_fields: head.get(112..length as usize).unwrap_or_default().to_vec(),
         };
         header.check_features(image, &head, length)?;
-        if be32(&head, 32) != 0 {
+        if header.crypt_method != 0 {
             return Err(unsupported(image, "encryption".into(), DECRYPT));
         }
         if header.incompatible & COMPRESSION != 0 {
@@ -170,13 +197,11 @@ impl Header {
     }
 
     fn check_features(&self, image: &ImageFile, head: &[u8], length: u32) -> Result<(), OpenError> {
-        if self.incompatible & EXTERNAL_DATA != 0 {
-            return Err(unsupported(image, "an external data file".into(), CONVERT));
+        if self.incompatible & EXTENDED_L2 != 0 && self.cluster_bits < 14 {
+            let what = format!("subclusters in clusters of {} bytes", self.cluster_size());
+            return Err(OpenError::corrupt(image.path(), what));
         }
-        if self.incompatible & EXTENDED_L2 != 0 {
-            return Err(unsupported(image, "extended L2 entries (subclusters)".into(), CONVERT));
-        }
-        let unknown = self.incompatible & !(DIRTY | CORRUPT | COMPRESSION);
+        let unknown = self.incompatible & !(DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2);
         if unknown == 0 {
             return Ok(());
         }
@@ -229,8 +254,8 @@ impl Header {
                 EXT_BITMAPS => {
                     self.bitmaps = Some((be64(&data, 16), be64(&data, 8), be32(&data, 0)));
                 }
-                // Kept as they are: the header is only ever changed field by field.
-                _ => {}
+                EXT_DATA_FILE => self.data_file = Some(String::from_utf8_lossy(&data).into_owned()),
+                _ => self.other_extensions.push((kind, data)),
             }
         }
         Ok(())
@@ -242,7 +267,7 @@ impl Header {
         if self.refcount_order > 6 {
             return corrupt(format!("refcounts of 2^{} bits (64 bits at most)", self.refcount_order));
         }
-        let needed = self.size.div_ceil(cluster << (self.cluster_bits - 3));
+        let needed = self.l1_needed(self.size);
         if self.size > i64::MAX as u64 || needed * 8 > MAX_L1_BYTES {
             let what =
                 format!("a virtual size of {} bytes is too large for clusters of {cluster}", self.size);
@@ -268,6 +293,117 @@ impl Header {
             return corrupt(format!("its snapshot table is at {:#x}", self.snapshots_offset));
         }
         Ok(())
+    }
+}
+
+impl Header {
+    /// A header of version 3 for a new image, whose tables are nowhere yet.
+    pub(crate) fn new(cluster_bits: u32, size: u64) -> Self {
+        Self {
+            version: 3,
+            cluster_bits,
+            size,
+            l1_size: 0,
+            l1_offset: 0,
+            reftable_offset: 0,
+            reftable_clusters: 0,
+            snapshot_count: 0,
+            snapshots_offset: 0,
+            crypt_method: 0,
+            incompatible: 0,
+            compatible: 0,
+            autoclear: 0,
+            refcount_order: 4,
+            compression: Compression::Zlib,
+            backing: None,
+            backing_format: None,
+            data_file: None,
+            bitmaps: None,
+            other_extensions: Vec::new(),
+            other_fields: Vec::new(),
+        }
+    }
+
+    /// The bytes of the first cluster's beginning: header, extensions, backing file name.
+    ///
+    /// # Errors
+    /// What does not fit into the first cluster.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, String> {
+        let with_all = self.encode_with(&self.other_extensions);
+        // What changes must lie in one sector, which storage writes whole or not at all. The table of feature names,
+        // which is only for messages, gives way.
+        let rest: Vec<_> =
+            self.other_extensions.iter().filter(|e| e.0 != EXT_FEATURE_NAMES).cloned().collect();
+        let bytes = if with_all.len() > SECTOR { self.encode_with(&rest) } else { with_all };
+        let name = self.backing.as_ref().map_or(0, String::len);
+        if name > MAX_BACKING_NAME as usize {
+            return Err(format!("a backing file name of {name} bytes; {MAX_BACKING_NAME} are allowed"));
+        }
+        if bytes.len() as u64 > self.cluster_size() {
+            let what = "the backing file's name is too long for clusters";
+            return Err(format!("{what} of {} bytes", self.cluster_size()));
+        }
+        Ok(bytes)
+    }
+
+    fn encode_with(&self, other_extensions: &[(u32, Vec<u8>)]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(SECTOR);
+        bytes.extend(QCOW_MAGIC);
+        bytes.extend(self.version.to_be_bytes());
+        bytes.extend([0; 12]); // backing file name: filled in below
+        bytes.extend(self.cluster_bits.to_be_bytes());
+        bytes.extend(self.size.to_be_bytes());
+        bytes.extend(self.crypt_method.to_be_bytes());
+        bytes.extend(self.l1_size.to_be_bytes());
+        bytes.extend(self.l1_offset.to_be_bytes());
+        bytes.extend(self.reftable_offset.to_be_bytes());
+        bytes.extend(self.reftable_clusters.to_be_bytes());
+        bytes.extend(self.snapshot_count.to_be_bytes());
+        bytes.extend(self.snapshots_offset.to_be_bytes());
+        if self.version >= 3 {
+            bytes.extend(self.incompatible.to_be_bytes());
+            bytes.extend(self.compatible.to_be_bytes());
+            bytes.extend(self.autoclear.to_be_bytes());
+            bytes.extend(self.refcount_order.to_be_bytes());
+            let length = 112 + self.other_fields.len();
+            bytes.extend(u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes());
+            bytes.push(match self.compression {
+                Compression::Zlib => 0,
+                Compression::Zstd => 1,
+            });
+            bytes.extend([0; 7]);
+            bytes.extend(&self.other_fields);
+        }
+        let mut extend = |kind: u32, data: &[u8]| {
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend(u32::try_from(data.len()).unwrap_or(0).to_be_bytes());
+            bytes.extend(data);
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        };
+        if let Some(format) = &self.backing_format {
+            extend(EXT_BACKING_FORMAT, format.as_bytes());
+        }
+        if let Some(name) = &self.data_file {
+            extend(EXT_DATA_FILE, name.as_bytes());
+        }
+        if let Some((offset, length, number)) = self.bitmaps {
+            let mut data = number.to_be_bytes().to_vec();
+            data.extend([0; 4]);
+            data.extend(length.to_be_bytes());
+            data.extend(offset.to_be_bytes());
+            extend(EXT_BITMAPS, &data);
+        }
+        for (kind, data) in other_extensions {
+            extend(*kind, data);
+        }
+        extend(0, &[]);
+        if let Some(name) = &self.backing {
+            let at = bytes.len() as u64;
+            bytes[8..16].copy_from_slice(&at.to_be_bytes());
+            bytes[16..20].copy_from_slice(&u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
+            bytes.extend(name.bytes());
+        }
+        bytes
     }
 }
 

@@ -6,10 +6,12 @@ use std::rc::Rc;
 
 use super::cache::TableCache;
 use super::compressed::Decompressed;
-use super::header::{AUTOCLEAR_AT, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT};
+use super::entry::L2Format;
+use super::header::{AUTOCLEAR_AT, BITMAPS, CORRUPT, DIRTY, Header, INCOMPATIBLE_AT, RAW_EXTERNAL};
 use super::metadata::MetadataMap;
 use super::refcount::RefcountFormat;
 use super::tables::Tables;
+use super::tracking::Tracking;
 use crate::file::File;
 use crate::node::Node;
 use crate::range_lock::RangeLock;
@@ -25,7 +27,10 @@ pub(super) struct Dropped {
 /// An open qcow2 image.
 pub(crate) struct Qcow2 {
     pub(super) file: Rc<File>,
+    /// Where the clusters' data is, if not in `file`.
+    data_file: Option<File>,
     pub(super) header: Header,
+    pub(super) l2_format: L2Format,
     pub(super) backing: Option<Node>,
     /// Whether guests' discards and dropped clusters give storage back.
     pub(super) discard: bool,
@@ -43,11 +48,15 @@ pub(crate) struct Qcow2 {
     /// No cluster below is free.
     pub(super) first_free: Cell<u64>,
 
+    /// The end of the last compressed cluster, in a host cluster that more can share; or 0.
+    pub(super) packing: Cell<u64>,
+
     /// References dropped by tables that are not written back yet.
     pub(super) dropped: RefCell<Vec<Dropped>>,
     /// References whose end is on the storage: their counts can go down.
     pub(super) reclaimable: RefCell<Vec<Dropped>>,
 
+    pub(super) tracking: Tracking,
     pub(super) metadata: MetadataMap,
     pub(super) decompressed: RefCell<Decompressed>,
 
@@ -72,7 +81,14 @@ pub(crate) struct Qcow2 {
 }
 
 impl Qcow2 {
-    pub(crate) fn new(file: File, tables: Tables, backing: Option<Node>, options: &OpenOptions) -> Self {
+    pub(crate) fn new(
+        file: File,
+        data_file: Option<File>,
+        tables: Tables,
+        backing: Option<Node>,
+        tracking: Tracking,
+        options: &OpenOptions,
+    ) -> Self {
         let metadata = MetadataMap::new(&tables);
         let Tables { header, l1, reftable, .. } = tables;
         let cluster = header.cluster_size();
@@ -87,8 +103,10 @@ impl Qcow2 {
             reftable_offset: Cell::new(header.reftable_offset),
             blocks: TableCache::new(cluster, options.table_cache / 4),
             first_free: Cell::new(0),
+            packing: Cell::new(0),
             dropped: RefCell::default(),
             reclaimable: RefCell::default(),
+            tracking,
             metadata,
             decompressed: RefCell::default(),
             mapping_locks: RangeLock::default(),
@@ -102,17 +120,11 @@ impl Qcow2 {
             corrupt: Cell::new(false),
             incompatible: Cell::new(header.incompatible),
             file: Rc::new(file),
+            data_file,
+            l2_format: header.l2_format(),
             header,
             backing,
         }
-    }
-
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-
-    pub(crate) fn backing(&self) -> Option<&Node> {
-        self.backing.as_ref()
     }
 
     /// Bytes of the disk: the header's, up to a whole sector.
@@ -122,6 +134,21 @@ impl Qcow2 {
 
     pub(crate) fn cluster_size(&self) -> u64 {
         self.header.cluster_size()
+    }
+
+    /// The file that holds the clusters' data.
+    pub(super) fn data(&self) -> &File {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether the external data file is to be a raw image of the same contents.
+    pub(super) fn external_raw(&self) -> bool {
+        self.data_file.is_some() && self.header.autoclear & RAW_EXTERNAL != 0
+    }
+
+    /// Bytes of the smallest part with a mapping of its own: a cluster or a subcluster.
+    pub(super) fn unit(&self) -> u64 {
+        1 << self.l2_format.unit_bits()
     }
 
     pub(super) fn bits(&self) -> u32 {
@@ -154,9 +181,11 @@ impl Qcow2 {
             self.started.set(true);
             return Ok(());
         }
-        if self.header.autoclear != 0 {
-            // "Autoclear": what these features say (that the bitmaps are up to date) ends with our writes.
-            self.file.write_bytes(AUTOCLEAR_AT, &0u64.to_be_bytes()).await?;
+        let kept = self.header.autoclear & (RAW_EXTERNAL | if self.tracking.valid { BITMAPS } else { 0 });
+        self.mark_bitmaps().await?;
+        if self.header.autoclear != kept {
+            // "Autoclear": what these features say ends with our writes, but for what we keep right.
+            self.file.write_bytes(AUTOCLEAR_AT, &kept.to_be_bytes()).await?;
         }
         if self.lazy_refcounts() {
             self.set_incompatible(self.incompatible.get() | DIRTY).await?;
@@ -164,6 +193,14 @@ impl Qcow2 {
         self.file.sync().await?;
         self.started.set(true);
         Ok(())
+    }
+
+    /// Makes the data durable, and what was written of the tables.
+    pub(super) async fn sync(&self) -> Result<(), IoError> {
+        if let Some(data) = &self.data_file {
+            data.sync().await?;
+        }
+        self.file.sync().await
     }
 
     async fn set_incompatible(&self, bits: u64) -> Result<(), IoError> {
@@ -209,6 +246,9 @@ impl Qcow2 {
     pub(crate) async fn close(&self) -> Result<(), IoError> {
         if self.file.is_read_only() {
             return Ok(());
+        }
+        if self.started.get() && !self.corrupt.get() {
+            self.store_bitmaps().await?;
         }
         self.write_back(true, true).await?;
         self.reclaim().await?;

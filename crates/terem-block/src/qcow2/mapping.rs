@@ -1,7 +1,7 @@
 //! From guest clusters to mappings, and changes of mappings.
 
 use super::Qcow2;
-use super::entry::{COPIED, Mapping, OFFSET};
+use super::entry::{COPIED, Cluster, Entry, OFFSET};
 use super::image::Dropped;
 use super::metadata::Writing;
 use crate::IoError;
@@ -10,7 +10,7 @@ use crate::file::to_usize;
 impl Qcow2 {
     /// log2 of the entries in an L2 table.
     fn l2_bits(&self) -> u32 {
-        self.bits() - 3
+        self.l2_format.table_bits()
     }
 
     /// Place of a guest cluster in the L1 table and in its L2 table.
@@ -60,19 +60,19 @@ impl Qcow2 {
         }
     }
 
-    /// The mappings of `count` clusters from `first` on, all of one L2 table, and whether that table is ours
-    /// alone (if not, nothing it refers to may be overwritten).
-    pub(super) async fn mappings(&self, first: u64, count: u64) -> Result<(Vec<Mapping>, bool), IoError> {
+    /// What `count` clusters from `first` on are, all of one L2 table, and whether that table is ours alone (if not,
+    /// nothing it refers to may be overwritten).
+    pub(super) async fn mappings(&self, first: u64, count: u64) -> Result<(Vec<Cluster>, bool), IoError> {
         let (l1_index, l2_index) = self.place(first);
         let count = to_usize(count);
         let Some(offset) = self.present_l2(l1_index).await? else {
-            return Ok((vec![Mapping::Unallocated; count], true));
+            return Ok((vec![Cluster::UNALLOCATED; count], true));
         };
         let own = self.l1_entry(l1_index) & COPIED != 0;
-        let (bits, version) = (self.bits(), self.header.version);
+        let format = self.l2_format;
         let decoded = self.l2.with(offset, |table| {
-            let entries = &table.as_chunks::<8>().0[l2_index..l2_index + count];
-            entries.iter().map(|&e| Mapping::decode(u64::from_be_bytes(e), bits, version)).collect()
+            let entries = table.get(format.bytes(l2_index, count)).unwrap_or_default();
+            format.entries(entries).map(|entry| format.decode(entry)).collect()
         });
         let decoded: Result<Vec<_>, _> = decoded.unwrap_or_else(|| Err("a table has gone".into()));
         Ok((decoded.map_err(IoError::Corrupt)?, own))
@@ -80,25 +80,26 @@ impl Qcow2 {
 
     /// Sets the entries of clusters from `first` on (of one L2 table) to `entries`, where it is not `None`.
     /// The references of what was there before are dropped. The caller holds the clusters exclusively.
-    pub(super) async fn commit(&self, first: u64, entries: &[Option<u64>]) -> Result<(), IoError> {
+    pub(super) async fn commit(&self, first: u64, entries: &[Option<Entry>]) -> Result<(), IoError> {
         let (l1_index, l2_index) = self.place(first);
         let offset = self.own_l2(l1_index).await?;
-        let (bits, version) = (self.bits(), self.header.version);
-        let range = l2_index * 8..(l2_index + entries.len()) * 8;
+        let format = self.l2_format;
+        let range = format.bytes(l2_index, entries.len());
         let mut dropped = self.dropped.borrow_mut();
         self.l2.change(offset, range.clone(), |table| {
-            let old = table[range].as_chunks_mut::<8>().0;
-            for (old, new) in old.iter_mut().zip(entries) {
+            let places = table.get_mut(range).unwrap_or_default().chunks_exact_mut(format.entry_size());
+            for (place, new) in places.zip(entries) {
                 let Some(new) = new else { continue };
-                let before = u64::from_be_bytes(*old);
+                let old = format.entries(place).next().unwrap_or_default();
                 // What cannot be decoded was found before; nothing is lost by leaving its cluster alone.
-                let mapping = Mapping::decode(before, bits, version).unwrap_or(Mapping::Unallocated);
-                let (first, count) = mapping.host_clusters(bits);
-                let kept = !matches!(mapping, Mapping::Compressed { .. }) && before & OFFSET == new & OFFSET;
-                if count > 0 && !kept {
+                let cluster = format.decode(old).unwrap_or(Cluster::UNALLOCATED);
+                let (first, count) = cluster.host_clusters(format.cluster_bits);
+                let kept = cluster.host().is_some_and(|(host, _)| host == new.descriptor & OFFSET);
+                // Clusters of an external file have no counts.
+                if count > 0 && !kept && !(format.external && cluster.host().is_some()) {
                     dropped.push(Dropped { first, count });
                 }
-                *old = new.to_be_bytes();
+                format.put(place, *new);
             }
         });
         Ok(())

@@ -5,15 +5,16 @@ use super::entry::Mapping;
 use crate::IoError;
 use crate::engine::View;
 use crate::executor::{LocalFuture, join_all};
+use crate::extent::{Extent, ExtentKind};
 use crate::file::to_usize;
 
 /// A part of a read that one operation serves.
 #[derive(Debug, Clone, Copy)]
-struct Run {
-    /// Mapping of its first cluster.
-    mapping: Mapping,
-    offset: u64,
-    length: u64,
+pub(super) struct Run {
+    /// Mapping of its first unit.
+    pub(super) mapping: Mapping,
+    pub(super) offset: u64,
+    pub(super) length: u64,
 }
 
 impl Qcow2 {
@@ -38,29 +39,72 @@ impl Qcow2 {
     }
 
     /// Cuts a range into runs.
-    async fn runs(&self, offset: u64, length: u64) -> Result<Vec<Run>, IoError> {
-        let (end, cluster_size) = (offset + length, self.cluster_size());
+    pub(super) async fn runs(&self, offset: u64, length: u64) -> Result<Vec<Run>, IoError> {
+        let format = self.l2_format;
+        let (end, unit) = (offset + length, self.unit());
         let mut runs: Vec<Run> = Vec::new();
         let mut at = offset;
         while at < end {
             let first = at >> self.bits();
             let count = self.clusters(at, end - at).end.min(self.table_end(first)) - first;
-            for mapping in self.mappings(first, count).await?.0 {
-                let next = end.min((at / cluster_size + 1) * cluster_size);
-                match runs.last_mut() {
-                    Some(run) if continues(run, mapping, cluster_size) => run.length += next - at,
-                    _ => runs.push(Run { mapping, offset: at, length: next - at }),
+            for (cluster, number) in self.mappings(first, count).await?.0.iter().zip(first..) {
+                let cluster_end = end.min((number + 1) << self.bits());
+                while at < cluster_end {
+                    let index = u32::try_from((at - (number << self.bits())) / unit).unwrap_or(0);
+                    let (mapping, next) =
+                        (format.unit(cluster, index), cluster_end.min((at / unit + 1) * unit));
+                    match runs.last_mut() {
+                        Some(run) if self.continues(run, at, mapping) => run.length += next - at,
+                        _ => runs.push(Run { mapping, offset: at, length: next - at }),
+                    }
+                    at = next;
                 }
-                at = next;
             }
         }
         Ok(runs)
     }
 
+    /// Whether the unit at `at`, after `run`, is read by the same operation.
+    fn continues(&self, run: &Run, at: u64, next: Mapping) -> bool {
+        match (run.mapping, next) {
+            (Mapping::Data { host, .. }, Mapping::Data { host: next, .. }) => {
+                host.checked_add(at - (run.offset - run.offset % self.unit())) == Some(next)
+            }
+            (Mapping::Compressed { host, .. }, Mapping::Compressed { host: next, .. }) => {
+                host == next && run.offset >> self.bits() == at >> self.bits()
+            }
+            (Mapping::Zero { host: None, .. }, Mapping::Zero { host: None, .. })
+            | (Mapping::Unallocated, Mapping::Unallocated) => true,
+            _ => false,
+        }
+    }
+
+    /// The run at `offset`, of at most `length` bytes.
+    pub(crate) async fn status(&self, offset: u64, length: u64) -> Result<Extent, IoError> {
+        let end = (offset + length).min(self.table_end(offset >> self.bits()) << self.bits());
+        let clusters = self.clusters(offset, end - offset);
+        let _mapped = self.mapping_locks.shared(clusters).await;
+        let runs = self.runs(offset, end - offset).await?;
+        let extent = |run: &Run| {
+            let within = run.offset % self.unit();
+            let (kind, host) = match run.mapping {
+                Mapping::Data { host, .. } => (ExtentKind::Data, Some(host + within)),
+                Mapping::Zero { host, .. } => (ExtentKind::Zero, host.map(|host| host + within)),
+                Mapping::Compressed { .. } => (ExtentKind::Compressed, None),
+                Mapping::Unallocated => (ExtentKind::Unallocated, None),
+            };
+            Extent::new(run.offset, run.length, kind, host)
+        };
+        let mut runs = runs.iter().map(extent);
+        let mut first = runs.next().ok_or_else(|| IoError::Corrupt("an empty range".into()))?;
+        // Only as far as it goes on.
+        let _ = runs.all(|next| first.join(&next));
+        Ok(first)
+    }
+
     async fn read_run(&self, run: Run, view: View) -> Result<(), IoError> {
-        let within = run.offset % self.cluster_size();
         match run.mapping {
-            Mapping::Data { host, .. } => self.file.read(host + within, &[view]).await,
+            Mapping::Data { host, .. } => self.data().read(host + run.offset % self.unit(), &[view]).await,
             Mapping::Zero { .. } => {
                 view.zero();
                 Ok(())
@@ -74,22 +118,10 @@ impl Qcow2 {
             },
             Mapping::Compressed { host, length } => {
                 let bytes = self.read_compressed(host, length).await?;
-                let within = to_usize(within);
-                view.put(&bytes[within..(within + view.len()).min(bytes.len())]);
+                let within = to_usize(run.offset % self.cluster_size());
+                view.put(&bytes[within.min(bytes.len())..(within + view.len()).min(bytes.len())]);
                 Ok(())
             }
         }
-    }
-}
-
-/// Whether the cluster after `run` is read by the same operation.
-fn continues(run: &Run, next: Mapping, cluster_size: u64) -> bool {
-    match (run.mapping, next) {
-        (Mapping::Data { host, .. }, Mapping::Data { host: next, .. }) => {
-            let clusters = (run.offset + run.length) / cluster_size - run.offset / cluster_size;
-            host.checked_add(clusters * cluster_size) == Some(next)
-        }
-        (Mapping::Zero { .. }, Mapping::Zero { .. }) | (Mapping::Unallocated, Mapping::Unallocated) => true,
-        _ => false,
     }
 }

@@ -19,7 +19,7 @@ const MAX_REFTABLE_ENTRIES: u64 = (8 << 20) / 8;
 /// [`OpenError::Corrupt`] when the references make no sense; nothing is changed then.
 pub(super) fn rebuild_refcounts(image: &ImageFile, tables: &Tables) -> Result<(), OpenError> {
     let header = &tables.header;
-    let references = References::count(image, tables)?;
+    let references = References::count(image, tables, 0)?;
     if let Some(first) = references.report.messages.first() {
         return Err(OpenError::corrupt(image.path(), first.clone()));
     }

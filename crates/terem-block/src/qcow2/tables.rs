@@ -29,9 +29,7 @@ impl Tables {
             return Err(OpenError::MarkedCorrupt { path: image.path().to_owned() });
         }
         if writing && header.is_dirty() {
-            tracing::warn!(path = %image.path().display(), "was not closed properly, rebuilding its refcounts");
-            rebuild_refcounts(image, &Self::read(image, header)?)?;
-            image.refresh_len()?;
+            settle(image)?;
             header = Header::read(image)?;
         }
         let tables = Self::read(image, header)?;
@@ -81,6 +79,24 @@ impl Tables {
         Ok(Self { header, l1, reftable, snapshots, snapshot_bytes })
     }
 
+    /// Lets the disk be what it was at a snapshot (an id, or a name).
+    pub(crate) fn go_to_snapshot(&mut self, image: &ImageFile, wanted: &str) -> Result<(), OpenError> {
+        let by_id = self.snapshots.iter().find(|s| s.id == wanted);
+        let found = by_id.or_else(|| self.snapshots.iter().find(|s| s.name == wanted));
+        let snapshot = found.ok_or_else(|| OpenError::NoSuch {
+            path: image.path().to_owned(),
+            what: "snapshot",
+            name: wanted.to_owned(),
+        })?;
+        let (bytes, size) = (u64::from(snapshot.l1_size) * 8, snapshot.disk_size);
+        if self.header.l1_needed(size) > u64::from(snapshot.l1_size) || size > i64::MAX as u64 {
+            return Err(OpenError::corrupt(image.path(), "a snapshot's L1 table is too small for its disk"));
+        }
+        self.l1 = read_table(image, snapshot.l1_offset, bytes, "a snapshot's L1 table")?;
+        self.header.size = size;
+        Ok(())
+    }
+
     pub(crate) fn header(&self) -> &Header {
         &self.header
     }
@@ -88,6 +104,17 @@ impl Tables {
     pub(crate) fn snapshots(&self) -> &[Snapshot] {
         &self.snapshots
     }
+}
+
+/// Rebuilds the refcounts of an image that was not closed properly with lazy refcounts.
+pub(super) fn settle(image: &mut ImageFile) -> Result<(), OpenError> {
+    let header = Header::read(image)?;
+    if header.is_dirty() {
+        tracing::warn!(path = %image.path().display(), "was not closed properly, rebuilding its refcounts");
+        rebuild_refcounts(image, &Tables::read(image, header)?)?;
+        image.refresh_len()?;
+    }
+    Ok(())
 }
 
 /// A table of big-endian 64-bit entries.

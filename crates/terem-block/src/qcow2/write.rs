@@ -1,7 +1,7 @@
 //! Writing: in place where the cluster is ours alone, else into new clusters.
 
 use super::Qcow2;
-use super::entry::{COPIED, Mapping};
+use super::entry::{Cluster, Entry, Mapping};
 use super::metadata::Writing;
 use crate::IoError;
 use crate::engine::View;
@@ -20,6 +20,15 @@ struct InPlace {
     view: View,
 }
 
+/// Host clusters in a row that are to hold guest clusters in a row.
+struct New<'a> {
+    host: u64,
+    /// What the guest clusters were so far.
+    clusters: &'a [Cluster],
+    /// Whether the host cluster was theirs already, and only has nothing where it is written.
+    kept: bool,
+}
+
 impl Qcow2 {
     /// Writes `view` at `offset`.
     pub(crate) async fn write(&self, offset: u64, view: View) -> Result<(), IoError> {
@@ -27,6 +36,7 @@ impl Qcow2 {
             return Ok(());
         }
         self.begin_write().await?;
+        self.mark_dirty(offset, view.len() as u64);
         let clusters = self.clusters(offset, view.len() as u64);
         {
             let _mapped = self.mapping_locks.shared(clusters.clone()).await;
@@ -48,12 +58,12 @@ impl Qcow2 {
             let first = at >> self.bits();
             let count = self.clusters(at, end - at).end.min(self.table_end(first)) - first;
             let (mappings, own) = self.mappings(first, count).await?;
-            for mapping in mappings {
-                let Mapping::Data { host, copied: true } = mapping else { return Ok(None) };
-                if !own {
+            for cluster in mappings {
+                let next = end.min((at / cluster_size + 1) * cluster_size);
+                if !own || !self.has_data(&cluster, at, next) {
                     return Ok(None);
                 }
-                let next = end.min((at / cluster_size + 1) * cluster_size);
+                let Some((host, _)) = cluster.host() else { return Ok(None) };
                 let (host, length) = (host + at % cluster_size, to_usize(next - at));
                 match parts.last_mut() {
                     Some(part) if part.host + part.view.len() as u64 == host => {
@@ -68,19 +78,31 @@ impl Qcow2 {
         Ok(Some(parts))
     }
 
+    /// Whether the bytes `start..end` of a cluster are there, and in a host cluster that nobody else uses.
+    fn has_data(&self, cluster: &Cluster, start: u64, end: u64) -> bool {
+        let base = start - start % self.cluster_size();
+        let mask = self.l2_format.unit_mask(start - base, end - base);
+        matches!(cluster.mapping, Mapping::Data { copied: true, .. }) && cluster.bitmap & mask == mask
+    }
+
     async fn write_in_place(&self, parts: Vec<InPlace>) -> Result<(), IoError> {
         for part in &parts {
-            if let Err(what) = self.metadata.check(part.host, part.view.len() as u64, Writing::Data) {
+            if let Err(what) = self.check_data(part.host, part.view.len() as u64) {
                 return Err(self.found_corrupt(format!("a data cluster lies in the {what}")).await);
             }
         }
         if let [part] = parts.as_slice() {
-            return self.file.write(part.host, std::slice::from_ref(&part.view)).await;
+            return self.data().write(part.host, std::slice::from_ref(&part.view)).await;
         }
         let writes = parts.into_iter().map(|part| {
-            Box::pin(async move { self.file.write(part.host, &[part.view]).await }) as LocalFuture<'_, _>
+            Box::pin(async move { self.data().write(part.host, &[part.view]).await }) as LocalFuture<'_, _>
         });
         join_all(writes.collect()).await
+    }
+
+    /// Whether data may be written there.
+    pub(super) fn check_data(&self, host: u64, length: u64) -> Result<(), &'static str> {
+        if self.l2_format.external { Ok(()) } else { self.metadata.check(host, length, Writing::Data) }
     }
 
     /// Writes `view` at `offset`, for who holds the clusters exclusively.
@@ -90,10 +112,14 @@ impl Qcow2 {
         while at < end {
             let first = at >> self.bits();
             let last = self.clusters(at, end - at).end.min(self.table_end(first));
-            let (mappings, own) = self.mappings(first, last - first).await?;
-            let ours = |m: &Mapping| own && matches!(m, Mapping::Data { copied: true, .. });
-            let kept = |m: &Mapping| own && matches!(m, Mapping::Zero { host: Some(_), copied: true });
-            let in_place = mappings.iter().take_while(|m| ours(m)).count() as u64;
+            let (clusters, own) = self.mappings(first, last - first).await?;
+            let start_of = |number: u64| at.max(number << self.bits());
+            let ours = |(cluster, number): (&Cluster, u64)| {
+                own && self.has_data(cluster, start_of(number), end.min((number + 1) << self.bits()))
+            };
+            // A host cluster of our own that has nothing there yet.
+            let kept = |cluster: &Cluster| own && cluster.host().is_some_and(|(_, copied)| copied);
+            let in_place = clusters.iter().zip(first..).take_while(|&c| ours(c)).count() as u64;
             if in_place > 0 {
                 let next = end.min((first + in_place) << self.bits());
                 let part = view.part(to_usize(at - offset), to_usize(next - at));
@@ -104,31 +130,28 @@ impl Qcow2 {
                 at = next;
                 continue;
             }
-            let (host, count, taken) = match mappings[0] {
-                Mapping::Zero { host: Some(host), .. } if kept(&mappings[0]) => {
-                    if let Err(what) = self.metadata.check(host, self.cluster_size(), Writing::Data) {
-                        return Err(self.found_corrupt(format!("a zero cluster lies in the {what}")).await);
+            let (host, count, taken) = match clusters[0].host().filter(|_| kept(&clusters[0])) {
+                Some((host, _)) => {
+                    if let Err(what) = self.check_data(host, self.cluster_size()) {
+                        return Err(self.found_corrupt(format!("a kept cluster lies in the {what}")).await);
                     }
                     (host, 1, false)
                 }
-                _ => {
-                    let want = mappings.iter().take_while(|m| !ours(m) && !kept(m)).count() as u64;
-                    let (cluster, count) = self.allocate(want).await?;
+                None => {
+                    let new = clusters.iter().zip(first..).take_while(|&c| !ours(c) && !kept(c.0));
+                    let (cluster, count) = self.allocate_data(first, new.count() as u64).await?;
                     (cluster << self.bits(), count, true)
                 }
             };
             let next = end.min((first + count) << self.bits());
             let part = view.part(to_usize(at - offset), to_usize(next - at));
-            let result = self.write_new(host, at, &part).await;
-            let result = match result {
-                Ok(()) => {
-                    let entries = (0..count).map(|i| Some((host + (i << self.bits())) | COPIED));
-                    self.commit(first, &entries.collect::<Vec<_>>()).await
-                }
-                failed => failed,
+            let new = New { host, clusters: &clusters[..to_usize(count)], kept: !taken };
+            let result = match self.write_new(&new, at, &part).await {
+                Ok(entries) => self.commit(first, &entries).await,
+                Err(e) => Err(e),
             };
             if let Err(e) = result {
-                if taken {
+                if taken && !self.l2_format.external {
                     self.give_back(host >> self.bits(), count).await?;
                 }
                 return Err(e);
@@ -138,32 +161,83 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes `view`, which belongs at guest `offset`, into host clusters from `host` on that nothing refers
-    /// to yet, and fills the rest of the first and last cluster with what the guest sees there now.
-    async fn write_new(&self, host: u64, offset: u64, view: &View) -> Result<(), IoError> {
-        let cluster_size = self.cluster_size();
+    /// Lets host clusters from `host` on, which are taken and written, be the clusters at `offset`.
+    pub(super) async fn map_clusters(&self, offset: u64, host: u64, length: u64) -> Result<(), IoError> {
+        self.mark_dirty(offset, length);
+        self.file.written_by_others(host + length);
+        let clusters = self.clusters(offset, length);
+        let _mapped = self.mapping_locks.exclusive(clusters.clone()).await;
+        let format = self.l2_format;
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let next = self.table_end(at).min(clusters.end);
+            let first = host + ((at - clusters.start) << self.bits());
+            let entries = (0..next - at)
+                .map(|i| Some(format.data(first + (i << self.bits()), format.all_units(), 0)))
+                .collect::<Vec<_>>();
+            self.commit(at, &entries).await?;
+            at = next;
+        }
+        self.limit_dropped().await
+    }
+
+    /// Takes host clusters for up to `want` guest clusters from `first` on.
+    pub(super) async fn allocate_data(&self, first: u64, want: u64) -> Result<(u64, u64), IoError> {
+        // In an external file every cluster has the place that it has on the disk.
+        if self.l2_format.external { Ok((first, want)) } else { self.allocate(want).await }
+    }
+
+    /// Writes `view`, which belongs at guest `offset`, into host clusters that hold nothing there yet, and fills the
+    /// rest of what gets mapped with what the guest sees there now. Returns the clusters' new entries.
+    async fn write_new(
+        &self,
+        new: &New<'_>,
+        offset: u64,
+        view: &View,
+    ) -> Result<Vec<Option<Entry>>, IoError> {
+        let (format, cluster_size) = (self.l2_format, self.cluster_size());
         let end = offset + view.len() as u64;
-        let head = offset % cluster_size;
-        let tail = end.next_multiple_of(cluster_size) - end;
+        let base = offset - offset % cluster_size;
+        let ([first, ..], [.., last]) = (new.clusters, new.clusters) else { return Ok(Vec::new()) };
+        let (start, until) = (self.filled(first, new.kept, offset).0, self.filled(last, new.kept, end - 1).1);
+        let (head, tail) = (offset - start, until - end);
         // Beyond its end the file reads as zeroes, as long as nobody writes there.
-        let fresh = host >= self.file.len() && !self.file.is_block_device();
+        let fresh = new.host >= self.data().len() && !self.data().is_block_device();
 
         let mut views = Vec::with_capacity(3);
-        let mut start = host + head;
-        if let Some(before) = self.surroundings(offset - head, head).await? {
-            start = host;
+        let mut from = offset;
+        if let Some(before) = self.surroundings(start, head).await? {
+            from = start;
             views.push(before);
-        } else if head > 0 && !fresh && self.add_zeroes(&mut views, host, head).await? {
-            start = host;
+        } else if head > 0 && !fresh && self.add_zeroes(&mut views, new.host + (start - base), head).await? {
+            from = start;
         }
         views.push(view.clone());
         if let Some(after) = self.surroundings(end, tail).await? {
             views.push(after);
         } else if tail > 0 && !fresh {
-            let at = host + head + view.len() as u64;
-            self.add_zeroes(&mut views, at, tail).await?;
+            self.add_zeroes(&mut views, new.host + (end - base), tail).await?;
         }
-        self.file.write(start, &views).await
+        self.data().write(new.host + (from - base), &views).await?;
+
+        let entries = new.clusters.iter().zip(0..).map(|(cluster, i)| {
+            let at = base + (i << self.bits());
+            let mask = format.unit_mask(start.max(at) - at, until.min(at + cluster_size).max(at) - at);
+            let before = if cluster.host().is_none() || new.kept { cluster.bitmap } else { 0 };
+            Some(format.data(new.host + (i << self.bits()), mask, before))
+        });
+        Ok(entries.collect())
+    }
+
+    /// The part of a cluster that gets mapped when the byte at `at` is written into a host cluster that is new for it.
+    fn filled(&self, cluster: &Cluster, kept: bool, at: u64) -> (u64, u64) {
+        // What lies elsewhere moves as a whole.
+        let moves =
+            matches!(cluster.mapping, Mapping::Compressed { .. }) || cluster.host().is_some() && !kept;
+        let unit = if moves { self.cluster_size() } else { self.unit() };
+        let start = at - at % unit;
+        let end = if self.l2_format.external { (start + unit).min(self.size()) } else { start + unit };
+        (start, end.max(at + 1))
     }
 
     /// What the guest sees in a part of a cluster, or `None` where that is zeroes.
@@ -171,11 +245,14 @@ impl Qcow2 {
         if length == 0 {
             return Ok(None);
         }
-        let mapping = self.mappings(offset >> self.bits(), 1).await?.0[0];
-        match mapping {
-            Mapping::Zero { .. } => return Ok(None),
-            Mapping::Unallocated if !self.backed(offset) => return Ok(None),
-            _ => {}
+        let runs = self.runs(offset, length).await?;
+        let reads_as_zero = runs.iter().all(|run| match run.mapping {
+            Mapping::Zero { .. } => true,
+            Mapping::Unallocated => !self.backed(run.offset),
+            _ => false,
+        });
+        if reads_as_zero {
+            return Ok(None);
         }
         let view = View::zeroed(to_usize(length));
         self.read_locked(offset, view.clone()).await?;
@@ -188,7 +265,7 @@ impl Qcow2 {
             views.push(View::zeroed(to_usize(length)));
             return Ok(true);
         }
-        self.file.write_zeroes(at, length, false).await.map(|()| false)
+        self.data().write_zeroes(at, length, false).await.map(|()| false)
     }
 
     /// Keeps the list of dropped references short.

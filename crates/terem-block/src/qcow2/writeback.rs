@@ -54,7 +54,7 @@ impl Qcow2 {
         }
         if !snapshot.l2.is_empty() || !snapshot.l1.is_empty() {
             // The counts of what the entries refer to, and the data in it.
-            self.file.sync().await?;
+            self.sync().await?;
         }
         self.write_parts(&snapshot.l2).await?;
         if !snapshot.l1.is_empty() {
@@ -62,7 +62,7 @@ impl Qcow2 {
             self.write_entries(self.header.l1_offset, &snapshot.l1).await?;
         }
         if durable || !snapshot.dropped.is_empty() {
-            self.file.sync().await?;
+            self.sync().await?;
         }
         Ok(())
     }

@@ -10,11 +10,21 @@ use terem_block::{AioEngine, AlignedBuffer, Disk, IoError, Op, OpenOptions};
 use terem_memory::IoMemory;
 
 /// Runs a tool of QEMU's that must be there.
+///
+/// A process that another test has just made holds copies of our open files, with their locks, until it runs its
+/// program: then it is tried again.
 pub fn try_run(tool: &str, args: &[&str]) -> Output {
-    Command::new(tool)
-        .args(args)
-        .output()
-        .unwrap_or_else(|e| panic!("{tool} is needed for this test (Debian: qemu-utils): {e}"))
+    for _ in 0..100 {
+        let out = Command::new(tool)
+            .args(args)
+            .output()
+            .unwrap_or_else(|e| panic!("{tool} is needed for this test (Debian: qemu-utils): {e}"));
+        if !String::from_utf8_lossy(&out.stderr).contains("Failed to get shared") {
+            return out;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("{tool} {args:?}: the image stays locked");
 }
 
 /// Runs a tool that must succeed; its standard output.

@@ -1,0 +1,254 @@
+//! Moving data between an image and its backing file: commit and rebase.
+
+use std::path::{Path, PathBuf};
+
+use crate::chain::{ImageFile, resolve_backing};
+use crate::convert::{Progress, is_zero, request};
+use crate::file::to_usize;
+use crate::{
+    BackingFile, BackingPolicy, BlockBackend, Disk, Extent, ExtentKind, Format, Op, OpenError, OpenOptions,
+    Preallocation, info, resize, set_backing,
+};
+use std::sync::Arc;
+use terem_memory::{AlignedBuffer, IoMemory};
+
+/// Bytes copied at once.
+const PIECE: u64 = 1 << 20;
+/// Bytes whose status is asked for at once.
+const LOOK_AHEAD: u64 = 256 << 20;
+
+/// Writes everything that `image` has of its own into the image `base` of its chain (its backing file, if `None`), and
+/// with `empty` empties the image. What lies between them is written, too.
+///
+/// After a power cut nothing is lost: the image is emptied only when all of it is in the base durably.
+///
+/// # Errors
+/// [`OpenError`] of either; the image then still has everything.
+pub fn commit(
+    image: impl AsRef<Path>,
+    options: &OpenOptions,
+    base: Option<&Path>,
+    empty: bool,
+    progress: Progress<'_>,
+) -> Result<(), OpenError> {
+    let image = image.as_ref();
+    let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
+    let chain = chain_of(image, &options)?;
+    let limit = |what: &str| OpenError::Limit { path: image.to_owned(), what: what.into() };
+    let wanted = base.map(|base| base.canonicalize().map_err(|e| OpenError::io(base, "looking at it", e)));
+    let depth = match wanted.transpose()? {
+        None => 0,
+        Some(base) => {
+            let found = chain.iter().position(|(path, _)| path.canonicalize().is_ok_and(|path| path == base));
+            found.ok_or_else(|| limit("the base is not in its chain of backing files"))?
+        }
+    };
+    let Some((base, base_format)) = chain.get(depth) else {
+        return Err(limit("it has no backing file to commit to"));
+    };
+    // The base is read through the image while it is written: the lock is ours to share.
+    let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
+    let guard = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
+    let base_options = OpenOptions {
+        format: Some(*base_format),
+        read_only: false,
+        backing: BackingPolicy::Any,
+        ..options.clone()
+    };
+    if info(base, Some(*base_format))?.virtual_size < from.size() {
+        resize(base, Some(*base_format), from.size(), false, Preallocation::Off)?;
+    }
+    let to = Disk::open(base, &base_options)?;
+    let size = from.size();
+    each_extent(image, &from, progress, |extent| {
+        // What the base itself or something below it decides is there already.
+        if extent.depth as usize > depth || extent.kind == ExtentKind::Unallocated {
+            return Ok(());
+        }
+        copy_extent(image, &from, base, &to, extent)
+    })?;
+    to.run(Op::Flush).map_err(|e| request(base, "making it durable", e))?;
+    to.close().map_err(|e| request(base, "closing it", e))?;
+    drop(from);
+    drop(guard);
+    if empty && depth == 0 {
+        empty_image(image, &options, size)?;
+    }
+    Ok(())
+}
+
+/// Lets everything show through from the backing file again.
+fn empty_image(image: &Path, options: &OpenOptions, size: u64) -> Result<(), OpenError> {
+    let (mut file, format) = open_format(image, options)?;
+    match format {
+        Format::Qcow2 => crate::qcow2::edit(&mut file, |edit| {
+            edit.empty();
+            Ok(())
+        }),
+        _ => {
+            let what = format!("a {} image of {size} bytes cannot be emptied", format.name());
+            Err(OpenError::Limit { path: image.to_owned(), what })
+        }
+    }
+}
+
+fn open_format(image: &Path, options: &OpenOptions) -> Result<(ImageFile, Format), OpenError> {
+    let file = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
+    let format = file.format(options.format)?;
+    Ok((file, format))
+}
+
+/// The backing files of an image with their formats, nearest first.
+fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<(PathBuf, Format)>, OpenError> {
+    let mut found = Vec::new();
+    let (mut path, mut format) = (image.to_owned(), options.format);
+    while found.len() <= 200 {
+        let Some(qcow2) = info(&path, format)?.qcow2 else { break };
+        let Some(name) = qcow2.backing_filename else { break };
+        let below = resolve_backing(&path, &name, &options.backing)?;
+        format = qcow2.backing_format.as_deref().and_then(Format::from_name);
+        let known = info(&below, format)?.format;
+        found.push((below.clone(), known));
+        path = below;
+    }
+    Ok(found)
+}
+
+/// How [`rebase`] goes about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rebase {
+    /// The disk keeps its contents: what differs between the old and the new backing file is written into the image.
+    Safe,
+    /// Only the name is changed: for a backing file that was moved or converted.
+    Unsafe,
+}
+
+/// Lets `image` be continued by another backing file, or by none.
+///
+/// # Errors
+/// [`OpenError`] of any of them. The backing file is changed last, so after an error the disk is as it was.
+pub fn rebase(
+    image: impl AsRef<Path>,
+    options: &OpenOptions,
+    backing: Option<&BackingFile>,
+    how: Rebase,
+    progress: Progress<'_>,
+) -> Result<(), OpenError> {
+    let image = image.as_ref();
+    let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
+    if how == Rebase::Safe {
+        keep_contents(image, &options, backing, progress)?;
+    }
+    set_backing(image, options.format, backing)
+}
+
+/// Writes into the image what would change.
+fn keep_contents(
+    image: &Path,
+    options: &OpenOptions,
+    backing: Option<&BackingFile>,
+    progress: Progress<'_>,
+) -> Result<(), OpenError> {
+    let new = match backing {
+        None => None,
+        Some(backing) => {
+            let path = resolve_backing(image, &backing.path.to_string_lossy(), &BackingPolicy::Any)?;
+            let open = OpenOptions {
+                format: Some(backing.format),
+                read_only: true,
+                backing: BackingPolicy::Any,
+                ..options.clone()
+            };
+            Some((path.clone(), Disk::open(&path, &open)?))
+        }
+    };
+    // The unit in which the image is written: less would only be filled up from the old backing file.
+    let disk = Disk::open(image, &OpenOptions { read_only: false, ..options.clone() })?;
+    let unit = u64::from(disk.geometry().optimal_io_size).max(4096);
+    let size = disk.size();
+    let read = |path: &Path, disk: &Disk, offset: u64, length: u64| -> Result<Vec<u8>, OpenError> {
+        let there = disk.size().saturating_sub(offset).min(length);
+        let memory = Arc::new(AlignedBuffer::new(to_usize(there)));
+        let op = Op::Read { offset: offset.min(disk.size()), memory: Arc::clone(&memory) as _ };
+        disk.run(op).map_err(|e| request(path, "reading it", e))?;
+        let mut bytes = vec![0; to_usize(length)];
+        memory.read_at(0, &mut bytes);
+        Ok(bytes)
+    };
+    let fail = |e| request(image, "writing what differs", e);
+    each_extent(image, &disk, progress, |extent| {
+        if extent.depth == 0 && extent.kind != ExtentKind::Unallocated {
+            return Ok(());
+        }
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let end = (at + unit - at % unit).min(extent.end());
+            let old = read(image, &disk, at, end - at)?;
+            let same = match &new {
+                None => is_zero(&old),
+                Some((path, new)) => read(path, new, at, end - at)? == old,
+            };
+            if !same {
+                let op = if is_zero(&old) {
+                    Op::WriteZeroes { offset: at, length: end - at, unmap: true }
+                } else {
+                    Op::Write { offset: at, memory: Arc::new(AlignedBuffer::from_slice(&old)) }
+                };
+                disk.run(op).map_err(fail)?;
+            }
+            at = end;
+        }
+        Ok(())
+    })?;
+    debug_assert!(size == disk.size());
+    disk.run(Op::Flush).map_err(fail)?;
+    disk.close().map_err(fail)
+}
+
+/// Calls `each` with the runs of a disk, as they are when their turn comes.
+fn each_extent(
+    path: &Path,
+    disk: &Disk,
+    progress: Progress<'_>,
+    mut each: impl FnMut(&Extent) -> Result<(), OpenError>,
+) -> Result<(), OpenError> {
+    let size = disk.size();
+    let mut at = 0;
+    while at < size {
+        let length = LOOK_AHEAD.min(size - at);
+        let status = disk.block_status(at, length);
+        for extent in status.map_err(|e| request(path, "asking where data is", e))? {
+            each(&extent)?;
+            if !progress(extent.end(), size) {
+                return Err(OpenError::Cancelled);
+            }
+        }
+        at += length;
+    }
+    Ok(())
+}
+
+fn copy_extent(
+    from_path: &Path,
+    from: &Disk,
+    to_path: &Path,
+    to: &Disk,
+    extent: &Extent,
+) -> Result<(), OpenError> {
+    let mut at = extent.offset;
+    while at < extent.end() {
+        let most = if extent.is_zero() { to.geometry().max_discard } else { PIECE };
+        let length = most.min(extent.end() - at);
+        let op = if extent.is_zero() {
+            Op::WriteZeroes { offset: at, length, unmap: true }
+        } else {
+            let memory = Arc::new(AlignedBuffer::new(to_usize(length)));
+            let read = Op::Read { offset: at, memory: Arc::clone(&memory) as _ };
+            from.run(read).map_err(|e| request(from_path, "reading it", e))?;
+            Op::Write { offset: at, memory }
+        };
+        to.run(op).map_err(|e| request(to_path, "writing it", e))?;
+        at += length;
+    }
+    Ok(())
+}

@@ -1,0 +1,224 @@
+//! The planner of a copy.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::worker::{Target, Worker};
+use super::{Copying, Progress, request};
+use crate::node::Node;
+use crate::{BlockBackend, Extent, ExtentKind, Format, IoError, OpenError};
+
+/// Bytes of a window, unless a cluster of the target is larger.
+const WINDOW: u64 = 1 << 20;
+/// Bytes whose status is asked for at once.
+const LOOK_AHEAD: u64 = 256 << 20;
+/// Windows that wait for a worker.
+const QUEUE: usize = 64;
+/// How often progress is told.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A part of the disk, and what is in it (all of it, in order).
+pub(super) struct Window {
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    pub(super) extents: Vec<Extent>,
+}
+
+/// What planner and workers share.
+#[derive(Default)]
+pub(super) struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    stop: AtomicBool,
+    /// Bytes done by workers.
+    pub(super) done: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    windows: VecDeque<Window>,
+    ended: bool,
+    failed: Option<OpenError>,
+}
+
+impl Shared {
+    /// The next window to work on.
+    pub(super) fn next(&self) -> Option<Window> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            if let Some(window) = queue.windows.pop_front() {
+                self.changed.notify_all();
+                return Some(window);
+            }
+            if queue.ended {
+                return None;
+            }
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends the copy with an error, if it has none yet.
+    pub(super) fn fail(&self, error: OpenError) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.failed.get_or_insert(error);
+        self.stop.store(true, Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+
+    /// Puts a window in when there is room; false when the copy has ended.
+    fn put(&self, window: Window, tick: &mut dyn FnMut() -> bool) -> bool {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        while queue.windows.len() >= QUEUE && !self.stop.load(Ordering::Relaxed) {
+            queue = self.changed.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner).0;
+            drop(queue);
+            if !tick() {
+                self.stop.store(true, Ordering::Relaxed);
+            }
+            queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.windows.push_back(window);
+        self.changed.notify_all();
+        !self.stop.load(Ordering::Relaxed)
+    }
+
+    fn end(&self) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
+        self.changed.notify_all();
+    }
+
+    fn drained(&self) -> bool {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).windows.is_empty()
+    }
+}
+
+/// Copies everything, and closes the target.
+pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), OpenError> {
+    let size = copying.from.size();
+    let target = Target::look_at(copying)?;
+    let window = WINDOW.max(target.unit);
+    let shared = Shared::default();
+    let files = plain_files(copying)?;
+    let mut cancelled = false;
+    std::thread::scope(|scope| {
+        let mut workers = Vec::new();
+        for _ in 0..copying.threads {
+            let worker = Worker::new(copying, &shared, &target, &files);
+            workers.push(scope.spawn(move || worker.run()));
+        }
+        let mut tick = || {
+            let on = progress(shared.done.load(Ordering::Relaxed).min(size), size);
+            cancelled |= !on;
+            on
+        };
+        if let Err(e) = plan(copying, &shared, &target, window, &mut tick) {
+            shared.fail(e);
+        }
+        shared.end();
+        while !workers.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+            if shared.drained() {
+                // The last windows are short work.
+                std::thread::sleep(Duration::from_micros(200));
+            } else {
+                std::thread::sleep(TICK / 10);
+            }
+            if !tick() {
+                shared.stop.store(true, Ordering::Relaxed);
+                shared.changed.notify_all();
+            }
+        }
+    });
+    if let Some(error) = shared.queue.lock().unwrap_or_else(PoisonError::into_inner).failed.take() {
+        return Err(error);
+    }
+    if cancelled {
+        return Err(OpenError::Cancelled);
+    }
+    copying.to.flush_and_close().map_err(|e| request(copying.target, "writing the copy", e))?;
+    progress(size, size);
+    Ok(())
+}
+
+/// Cuts the source into windows, and hands those out that need work.
+fn plan(
+    copying: &Copying<'_>,
+    shared: &Shared,
+    target: &Target,
+    window: u64,
+    tick: &mut dyn FnMut() -> bool,
+) -> Result<(), OpenError> {
+    let size = copying.from.size();
+    let needed = |extents: &[Extent]| extents.iter().any(|e| !target.skips(e) && !target.leaves_out(e));
+    let mut at = 0;
+    while at < size {
+        let length = LOOK_AHEAD.next_multiple_of(window).min(size - at);
+        let status = copying.from.block_status(at, length);
+        let extents = status.map_err(|e| request(copying.source, "asking where data is", e))?;
+        let end = at + length;
+        let mut rest = extents.as_slice();
+        while at < end {
+            let (start, stop) = (at, (at + window).min(end));
+            // A long run of zeroes is passed over at once.
+            if let [first, ..] = rest
+                && !needed(std::slice::from_ref(first))
+                && first.end() >= stop
+            {
+                at = (first.end() - first.end() % window).max(stop).min(end);
+                rest = &rest[rest.iter().take_while(|e| e.end() <= at).count()..];
+                shared.done.fetch_add(at - start, Ordering::Relaxed);
+                continue;
+            }
+            let mut parts = Vec::new();
+            for extent in rest.iter().take_while(|e| e.offset < stop) {
+                parts.push(part(extent, start, stop));
+            }
+            rest = &rest[rest.iter().take_while(|e| e.end() <= stop).count()..];
+            at = stop;
+            if needed(&parts) {
+                let window = Window { offset: start, length: stop - start, extents: parts };
+                if !shared.put(window, tick) {
+                    return Ok(());
+                }
+            } else {
+                shared.done.fetch_add(stop - start, Ordering::Relaxed);
+            }
+        }
+        if !tick() {
+            shared.stop.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// The part of an extent that lies in `start..stop`.
+fn part(extent: &Extent, start: u64, stop: u64) -> Extent {
+    let from = extent.offset.max(start);
+    let host = extent.host.map(|host| host + (from - extent.offset));
+    Extent { offset: from, length: extent.end().min(stop) - from, host, ..*extent }
+}
+
+/// The files of the source's chain that data can be read from as it is, by depth.
+fn plain_files(copying: &Copying<'_>) -> Result<Vec<Option<crate::file::PlainFile>>, OpenError> {
+    let files = copying.from.with_node(|node| {
+        Box::pin(async move {
+            let chain = std::iter::successors(Some(&*node), |node| node.backing());
+            Ok::<_, IoError>(chain.map(|node: &Node| node.image().plain_data()?.plain()).collect())
+        })
+    });
+    files.map_err(|e| request(copying.source, "looking at its files", e))
+}
+
+/// Whether data of this extent can be read from its file.
+pub(super) fn is_plain(extent: &Extent) -> bool {
+    extent.kind == ExtentKind::Data && extent.host.is_some()
+}
+
+/// Whether the format has compressed clusters, which are best read by several readers.
+pub(super) fn wants_readers(format: Format) -> bool {
+    format != Format::Raw
+}

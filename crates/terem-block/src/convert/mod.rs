@@ -1,0 +1,231 @@
+//! Copying images: any format to any, sparsely, by several threads.
+//!
+//! ```text
+//!  planner (the caller's thread): block status of the source ──> windows that hold data ──> queue
+//!  workers: a window each: read ──> find zeroes ──> write or compress ──> tell the target's tables
+//! ```
+//!
+//! Where the data lies in a file as it is, workers read it from there, past the source's I/O thread; where the target
+//! can give out storage (`Image::place`), they write to it past the target's, which then only changes its tables.
+//! A window is small enough to stay in a processor's cache from the read to the write.
+
+mod copy;
+mod stream;
+mod worker;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+pub use stream::{export, import};
+
+use crate::create::{create_as, other_files};
+use crate::{
+    AioEngine, BackingPolicy, BlockBackend, Cache, CreateOptions, Disk, Format, IoError, OpenError,
+    OpenOptions,
+};
+use copy::copy;
+
+/// What to tell about a long operation: bytes done, and bytes in all. It answers whether to go on.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> bool;
+
+/// How to copy.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// Windows worked on at once; `None` for what suits this host.
+    pub threads: Option<usize>,
+    /// Compress the target's clusters.
+    pub compress: bool,
+    /// Zeroes of at least this many bytes (and of a cluster) take no space; 0: nothing is looked for.
+    pub sparse: u64,
+    /// Write into the image that is there, which must be large enough, rather than make one.
+    pub existing: bool,
+    /// With `existing`: that image is known to hold zeroes only.
+    pub target_is_zero: bool,
+    /// The target's backing file holds what the source's does: only what the source has of its own is copied.
+    pub share_backing: bool,
+    /// Make the target durable before it counts as done.
+    pub durable: bool,
+    /// Make the target under another name, and give it its own when it is complete.
+    pub replace: bool,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            compress: false,
+            sparse: 4096,
+            existing: false,
+            target_is_zero: false,
+            share_backing: false,
+            durable: true,
+            replace: true,
+        }
+    }
+}
+
+/// Copies the image `source` (with its backing files) into a new image at `target`; zeroes take no space.
+///
+/// `target_options.size` of `None` is the source's size. Until it is complete the target does not exist, or is what it
+/// was before.
+///
+/// # Errors
+/// [`OpenError`] of either image; [`OpenError::Cancelled`] when `progress` said so. An unfinished target is removed.
+pub fn convert(
+    source: impl AsRef<Path>,
+    source_options: &OpenOptions,
+    target: impl AsRef<Path>,
+    target_options: &CreateOptions,
+    options: &ConvertOptions,
+    progress: Progress<'_>,
+) -> Result<(), OpenError> {
+    let (source, target) = (source.as_ref(), target.as_ref());
+    let threads = options.threads.unwrap_or_else(default_threads).clamp(1, 64);
+    let open = OpenOptions { read_only: true, ..source_options.clone() };
+    let from = Disk::open(source, &open)?;
+    if options.existing {
+        let open = target_open(target_options.format, options);
+        let to = Disk::open(target, &open)?;
+        check_size(target, to.size(), from.size())?;
+        copy(
+            &Copying { source, from, open: &source_open(source_options), target, to, threads, options },
+            progress,
+        )
+    } else {
+        into_new(target, target_options, from.size(), options, |path, to| {
+            let open = source_open(source_options);
+            copy(&Copying { source, from, open: &open, target: path, to, threads, options }, progress)
+        })
+    }
+}
+
+/// One copy.
+pub(crate) struct Copying<'a> {
+    pub(crate) source: &'a Path,
+    pub(crate) from: Disk,
+    /// How further readers open the source.
+    pub(crate) open: &'a OpenOptions,
+    pub(crate) target: &'a Path,
+    pub(crate) to: Disk,
+    pub(crate) threads: usize,
+    pub(crate) options: &'a ConvertOptions,
+}
+
+fn source_open(options: &OpenOptions) -> OpenOptions {
+    OpenOptions { read_only: true, ..options.clone() }
+}
+
+fn target_open(format: Format, options: &ConvertOptions) -> OpenOptions {
+    OpenOptions {
+        format: Some(format),
+        // It is synchronised once, at the end.
+        cache: if options.existing { Cache::Writeback } else { Cache::Unsafe },
+        backing: BackingPolicy::Any,
+        aio: AioEngine::Auto,
+        ..OpenOptions::default()
+    }
+}
+
+/// Enough to keep both storage and processors busy.
+fn default_threads() -> usize {
+    thread::available_parallelism().map_or(4, |n| n.get().clamp(2, 16))
+}
+
+fn check_size(target: &Path, has: u64, needs: u64) -> Result<(), OpenError> {
+    if has >= needs {
+        return Ok(());
+    }
+    let what = format!("its {has} bytes are less than the {needs} of its source");
+    Err(OpenError::Limit { path: target.to_owned(), what })
+}
+
+/// Makes the image, lets `write` fill it, closes it, and gives it its name. Removes it when something failed.
+pub(crate) fn into_new(
+    target: &Path,
+    target_options: &CreateOptions,
+    size: u64,
+    options: &ConvertOptions,
+    write: impl FnOnce(&Path, Disk) -> Result<(), OpenError>,
+) -> Result<(), OpenError> {
+    let create_options =
+        CreateOptions { size: Some(target_options.size.unwrap_or(size)), ..target_options.clone() };
+    check_size(target, create_options.size.unwrap_or(size), size)?;
+    let regular = fs::symlink_metadata(target).map_or(true, |meta| meta.is_file());
+    let exists = target.exists();
+    if exists && !target_options.overwrite {
+        return Err(OpenError::Exists { path: target.to_owned() });
+    }
+    // Files that name each other cannot get their names later.
+    let others = other_files(target, &create_options);
+    let beside = options.replace && regular && others.is_empty();
+    let place = if beside { Unfinished::beside(target) } else { Unfinished::itself(target, &others) };
+    if exists && place.path != target {
+        // In use is in use, although only its name would go.
+        drop(crate::chain::ImageFile::open(target, true, true, &mut Vec::new())?);
+    }
+    create_as(&place.path, target, &create_options)?;
+    let to = Disk::open(&place.path, &target_open(create_options.format, options))?;
+    write(&place.path, to)?;
+    if options.durable {
+        for path in others.iter().chain([&place.path]) {
+            let synced = fs::File::open(path).and_then(|file| file.sync_all());
+            synced.map_err(|e| OpenError::io(path, "making the copy durable", e))?;
+        }
+    }
+    place.finish(target)
+}
+
+/// A target that is removed unless it is finished.
+struct Unfinished {
+    path: PathBuf,
+    remove: bool,
+    /// Further files that go with it.
+    others: Vec<PathBuf>,
+}
+
+impl Unfinished {
+    /// Under a name of its own in the same directory.
+    fn beside(target: &Path) -> Self {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let path = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
+        Self { path, remove: true, others: Vec::new() }
+    }
+
+    fn itself(target: &Path, others: &[PathBuf]) -> Self {
+        let others = others.iter().filter(|path| !path.exists()).cloned().collect();
+        Self { path: target.to_owned(), remove: !target.exists(), others }
+    }
+
+    fn finish(mut self, target: &Path) -> Result<(), OpenError> {
+        if self.path != target {
+            fs::rename(&self.path, target).map_err(|e| OpenError::io(target, "naming the copy", e))?;
+        }
+        self.remove = false;
+        self.others.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.remove {
+            let _ = fs::remove_file(&self.path);
+        }
+        for path in &self.others {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+pub(crate) fn request(path: &Path, doing: &'static str, source: IoError) -> OpenError {
+    OpenError::Request { path: path.to_owned(), doing, source }
+}
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    // Each block is looked at as a whole: that is what processors are quick at.
+    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}

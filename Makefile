@@ -54,6 +54,7 @@ bench: guests
 	bench/boot
 	bench/guest
 	bench/cpu
+	bench/block
 
 # The guests' files stay: they are in $$TEREM_CACHE, or ~/.cache/terem.
 clean:

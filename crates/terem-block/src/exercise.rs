@@ -94,6 +94,9 @@ fn exercise(file: &File, format: Format, seed: u64) -> bool {
     let disk = Exercise::new(disk, seed, sound).run();
     let closed = disk.close();
     let report = crate::check(&path, Some(format));
+    if format == Format::Qcow2 {
+        maintain(&path, seed, sound && closed.is_ok());
+    }
     if sound {
         assert!(closed.is_ok(), "a sound image cannot be closed: {closed:?}");
         // Leaks are not asked for: they lose space and no data.
@@ -101,6 +104,27 @@ fn exercise(file: &File, format: Format, seed: u64) -> bool {
         assert!(matches!(errors, Ok(0)), "a sound image was damaged: {report:?}");
     }
     true
+}
+
+/// Changes the image as a tool would: of a sound one each must leave a sound one, or be refused.
+fn maintain(path: &str, seed: u64, sound: bool) {
+    use crate::{BitmapAction, Preallocation, Repair, SnapshotAction, bitmap, repair, resize, snapshot};
+    let format = Some(Format::Qcow2);
+    let assert_sound = |what: &str| {
+        let report = crate::check(path, format);
+        assert!(!sound || report.as_ref().is_ok_and(|report| report.errors == 0), "{what}: {report:?}");
+    };
+    let _ = snapshot(path, format, SnapshotAction::Create("fuzz"));
+    assert_sound("taking a snapshot damaged it");
+    let _ = bitmap(path, format, "fuzz", &[BitmapAction::Add { granularity: 65536, enabled: true }]);
+    let _ = resize(path, format, seed % (4 << 20), true, Preallocation::Off);
+    assert_sound("changing its size damaged it");
+    let _ = snapshot(path, format, SnapshotAction::Apply("fuzz"));
+    assert_sound("applying a snapshot damaged it");
+    let _ = snapshot(path, format, SnapshotAction::Delete("fuzz"));
+    if let Ok((_, after)) = repair(path, format, Repair::All) {
+        assert!(after.is_clean(), "it was repaired, and is not sound: {after:?}");
+    }
 }
 
 struct Exercise {

@@ -10,7 +10,7 @@ use crate::engine::Engine;
 use crate::qcow2;
 use crate::{
     AioEngine, BackingFile, BackingPolicy, BlockBackend, CheckReport, Disk, Format, Op, OpenError,
-    OpenOptions, Preallocation, check,
+    OpenOptions, Preallocation, check, info,
 };
 
 /// What to do with an internal snapshot. A name can also be an id.
@@ -195,7 +195,14 @@ pub fn resize(
                 .map_err(|e| OpenError::io(path, "changing the file's length", e))
         }
         Format::Qcow2 => {
+            // A data file that is a raw image by itself has the disk's size.
+            let data_file = info(path, Some(format))?.qcow2.and_then(|qcow2| qcow2.data_file);
             qcow2::edit(&mut image, |edit| edit.resize(size))?;
+            if let Some(name) = data_file {
+                let data = resolve_backing(path, &name, &BackingPolicy::SameDirectory)?;
+                let mut data = ImageFile::open(&data, true, true, &mut Vec::new())?;
+                data.set_len(size)?;
+            }
             // `image` goes on holding the lock.
             zero_what_shows_through(path, old)?;
             if preallocation == Preallocation::Off || size <= old {

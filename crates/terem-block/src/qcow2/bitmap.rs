@@ -11,6 +11,8 @@ const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY: u64 = 64 << 20;
 /// Most bytes of a bitmap's table, and so of one bitmap: 512 MiB at 512-byte clusters.
 const MAX_TABLE: u64 = 8 << 20;
+/// Most bytes of all tables.
+const MAX_TABLES: u64 = 64 << 20;
 /// Most bits of a bitmap.
 const MAX_BITS: u64 = 1 << 32;
 /// Bytes of a directory entry before its extra data.
@@ -90,7 +92,7 @@ pub(crate) fn read_bitmaps(image: &ImageFile, header: &Header) -> Result<Vec<Bit
     }
     let directory = image.read(offset, length, "the bitmap directory")?;
     let mut bitmaps = Vec::new();
-    let mut at = 0;
+    let (mut at, mut table_bytes) = (0, 0);
     for _ in 0..number {
         let Some(entry) = directory.get(at..).filter(|rest| rest.len() >= FIXED) else {
             return corrupt("the bitmap directory is cut short".into());
@@ -108,6 +110,11 @@ pub(crate) fn read_bitmaps(image: &ImageFile, header: &Header) -> Result<Vec<Bit
         }
         if header.size >> granularity_bits > MAX_BITS || !table_offset.is_multiple_of(cluster_size) {
             return corrupt(format!("a bitmap of 2^{granularity_bits} bytes a bit at {table_offset:#x}"));
+        }
+        // Many bitmaps could name the same table.
+        table_bytes += entries * 8;
+        if table_bytes > MAX_TABLES {
+            return corrupt(format!("bitmaps with tables of more than {MAX_TABLES} bytes"));
         }
         let table = read_table(image, table_offset, entries * 8, "a bitmap table")?;
         if let Some(wrong) = table.iter().find(|&e| !(e & OFFSET).is_multiple_of(cluster_size)) {

@@ -14,7 +14,7 @@ use crate::file::to_usize;
 use crate::{IoError, OpenError};
 
 /// Most bytes of all bitmaps that are followed; those beyond stay marked as in use.
-const MAX_BYTES: u64 = 256 << 20;
+const MAX_BYTES: u64 = 64 << 20;
 
 /// The bits of one bitmap.
 struct Tracked {

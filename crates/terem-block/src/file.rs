@@ -289,6 +289,11 @@ impl File {
         }
     }
 
+    /// Whether, as far as is known, [`Self::write_zeroes`] does not write zeroes.
+    pub(crate) fn zeroes_fast(&self) -> bool {
+        !self.no_zero_range.get() && !self.block_device
+    }
+
     /// Makes the range read as zeroes. With `unmap` storage may be given back.
     pub(crate) async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), IoError> {
         const STEP: u64 = 1 << 20;

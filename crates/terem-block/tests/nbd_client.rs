@@ -15,7 +15,7 @@ use std::time::Duration;
 use peer::{Model, Random, Scratch, assert_clean, options, read, run, str, write};
 use terem_block::{
     AioEngine, BackingPolicy, BlockBackend, CreateOptions, Disk, Format, NbdExport, NbdListener, NbdServer,
-    NbdServerOptions, NbdServerTls, Op, OpenError, OpenOptions, Request, create,
+    NbdServerOptions, NbdServerTls, Op, OpenError, OpenOptions, Request,
 };
 
 const QCOW2: &str = "disk.qcow2";
@@ -173,7 +173,14 @@ fn disks_convert_to_and_from_exports() {
     let (uri, raw_format) = (at(&socket), Format::from_name("raw").expect("there"));
     let to = CreateOptions { format: raw_format, ..CreateOptions::default() };
     let convert = |from: &str, to: &str, options: &CreateOptions| {
-        terem_block::convert(from, &OpenOptions::read_only(), to, options, &mut |_, _| {})
+        terem_block::convert(
+            from,
+            &OpenOptions::read_only(),
+            to,
+            options,
+            &terem_block::ConvertOptions::default(),
+            &mut |_, _| true,
+        )
     };
     let error = convert(str(&raw), &uri, &to).expect_err("it is there");
     assert!(matches!(error, OpenError::Exists { .. }), "{error}");

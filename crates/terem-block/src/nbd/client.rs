@@ -382,7 +382,7 @@ pub(super) fn exercise_link(structured: bool, extended: bool, bytes: &[u8]) -> b
     let allocation = structured.then_some(1);
     let terms = negotiate::Terms {
         size: 1 << 20,
-        flags: u16::MAX & !export::READ_ONLY,
+        flags: !export::READ_ONLY,
         block_size: BlockSize { minimum: 1, preferred: 4096, maximum: 1 << 20 },
         structured,
         extended,
@@ -399,15 +399,18 @@ pub(super) fn exercise_link(structured: bool, extended: bool, bytes: &[u8]) -> b
     let _ = theirs.write(bytes);
     let _ = theirs.shutdown(std::net::Shutdown::Write);
     let answered = std::cell::Cell::new(false);
-    let note = |ok: bool| answered.set(answered.get() | ok);
+    let note = |ok: bool| -> Result<(), IoError> {
+        answered.set(answered.get() | ok);
+        Ok(())
+    };
     let asked = async {
         let view = View::zeroed(512);
         crate::executor::join_all::<IoError>(vec![
-            Box::pin(async { Ok(note(remote.read_any(0, view.clone()).await.is_ok())) }),
-            Box::pin(async { Ok(note(remote.read_any(512, View::zeroed(4096)).await.is_ok())) }),
-            Box::pin(async { Ok(note(remote.write_any(8192, View::zeroed(16)).await.is_ok())) }),
-            Box::pin(async { Ok(note(remote.extent_at(0, 1 << 20).await.is_ok())) }),
-            Box::pin(async { Ok(note(remote.flush_all().await.is_ok())) }),
+            Box::pin(async { note(remote.read_any(0, view.clone()).await.is_ok()) }),
+            Box::pin(async { note(remote.read_any(512, View::zeroed(4096)).await.is_ok()) }),
+            Box::pin(async { note(remote.write_any(8192, View::zeroed(16)).await.is_ok()) }),
+            Box::pin(async { note(remote.extent_at(0, 1 << 20).await.is_ok()) }),
+            Box::pin(async { note(remote.flush_all().await.is_ok()) }),
         ])
         .await
     };

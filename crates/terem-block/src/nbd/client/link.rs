@@ -379,13 +379,19 @@ fn connect_until(uri: &NbdUri, tls: Option<&ClientTls>, closed: &AtomicBool) -> 
 
 /// Where the thread that connects hands over its result.
 #[derive(Default)]
-struct Meeting(Mutex<(Option<Result<Connected, OpenError>>, Option<Waker>)>);
+struct Meeting(Mutex<Arrived>);
+
+#[derive(Default)]
+struct Arrived {
+    result: Option<Result<Connected, OpenError>>,
+    waiting: Option<Waker>,
+}
 
 impl Meeting {
     fn arrive(&self, result: Result<Connected, OpenError>) {
         let mut meeting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        meeting.0 = Some(result);
-        if let Some(waker) = meeting.1.take() {
+        meeting.result = Some(result);
+        if let Some(waker) = meeting.waiting.take() {
             waker.wake();
         }
     }
@@ -393,10 +399,10 @@ impl Meeting {
     async fn result(&self) -> Result<Connected, OpenError> {
         poll_fn(|cx| {
             let mut meeting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            match meeting.0.take() {
+            match meeting.result.take() {
                 Some(result) => Poll::Ready(result),
                 None => {
-                    meeting.1 = Some(cx.waker().clone());
+                    meeting.waiting = Some(cx.waker().clone());
                     Poll::Pending
                 }
             }

@@ -41,6 +41,9 @@ impl Wake for TaskWaker {
 /// The number of the future that [`Executor::block_on`] runs.
 const ROOT: usize = usize::MAX;
 
+/// Steps of tasks between two looks at what has come from outside.
+const TURNS: usize = 256;
+
 /// Tasks and the engine that they wait for.
 pub(crate) struct Executor {
     engine: Rc<Engine>,
@@ -82,7 +85,8 @@ impl Executor {
         let root = self.waker(ROOT);
         root.wake_by_ref();
         loop {
-            loop {
+            // I/O that is done at once lets tasks go on without end; others must be heard between.
+            for _ in 0..TURNS {
                 for task in self.engine.take_spawned() {
                     self.start(task);
                 }
@@ -96,7 +100,8 @@ impl Executor {
                     self.step(number);
                 }
             }
-            self.engine.wait(true)?;
+            let ready = !self.ready.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+            self.engine.wait(!ready && !self.engine.has_spawned())?;
         }
     }
 

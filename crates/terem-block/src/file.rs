@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::IoError;
-use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::engine::{Action, Engine, Job, Now, Vectors, View};
 use crate::extent::{Extent, ExtentKind};
 use crate::range_lock::RangeLock;
 
@@ -16,6 +16,7 @@ pub(crate) struct File {
     engine: Rc<Engine>,
     fd: Arc<OwnedFd>,
     path: PathBuf,
+    now: Now,
     /// What offsets, lengths and addresses must be multiples of: 1 through the page cache.
     align: u64,
     block_device: bool,
@@ -46,6 +47,7 @@ impl File {
         let &FileFacts { align, block_device, read_only, durable, len } = facts;
         Self {
             engine,
+            now: Now::new(&fd, align > 1, block_device),
             fd: Arc::new(fd),
             path,
             align,
@@ -78,6 +80,9 @@ impl File {
     }
 
     async fn run(&self, action: Action) -> Result<usize, IoError> {
+        if let Some(result) = self.now.perform(&self.fd, &action) {
+            return Ok(result?);
+        }
         Ok(self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await?)
     }
 

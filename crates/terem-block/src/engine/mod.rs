@@ -11,6 +11,7 @@
 //!   └──── waker ───────┴───────── result <────────────┘   reaped by wait(), on the same thread as the tasks
 //! ```
 
+mod now;
 mod sockets;
 mod threads;
 mod uring;
@@ -26,6 +27,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
+pub(crate) use now::Now;
+pub(crate) use sockets::send_now;
 pub(crate) use vectors::{Vectors, View};
 
 use crate::{AioEngine, OpenError};
@@ -193,6 +196,11 @@ impl Engine {
     /// The tasks started since the last call.
     pub(crate) fn take_spawned(&self) -> Vec<Spawned> {
         std::mem::take(&mut *self.spawned.borrow_mut())
+    }
+
+    /// Whether [`Self::take_spawned`] would give something.
+    pub(crate) fn has_spawned(&self) -> bool {
+        !self.spawned.borrow().is_empty()
     }
 
     /// Has `waker` woken the next time the bell rings.

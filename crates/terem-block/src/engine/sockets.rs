@@ -65,7 +65,7 @@ impl Sockets {
             if !try_it {
                 return true;
             }
-            match transfer(job) {
+            match transfer(&job.fd, &job.action) {
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => true,
                 result => {
                     done.push((*index, result));
@@ -76,17 +76,23 @@ impl Sockets {
     }
 }
 
+/// Sends what a socket has room for at once: mostly all of it, and then without a way through the kernel and back.
+pub(crate) fn send_now(fd: &OwnedFd, action: &Action) -> io::Result<usize> {
+    transfer(fd, action)
+}
+
 /// Receives or sends what is possible without waiting.
-fn transfer(job: &Job) -> io::Result<usize> {
-    let fd = job.fd.as_raw_fd();
+fn transfer(fd: &OwnedFd, action: &Action) -> io::Result<usize> {
+    let fd = fd.as_raw_fd();
     // SAFETY: integers and null pointers, all zeroes is a valid value.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    let result = match &job.action {
+    let result = match action {
         Action::Receive { memory } => {
             (message.msg_iov, message.msg_iovlen) =
                 (memory.list.as_ptr().cast_mut().cast(), memory.list.len());
-            // SAFETY: the list, which is only read, and the memory that it names are owned by the job.
+            // SAFETY: the list, which is only read, and the memory that it names are owned by the action, which
+            // outlives the call.
             unsafe { libc::recvmsg(fd, &raw mut message, flags) }
         }
         Action::Send { memory } => {

@@ -128,6 +128,11 @@ impl Vectors {
         (Self { list, _memory: memory }, total)
     }
 
+    /// Bytes of all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.list.iter().map(IoVec::len).sum()
+    }
+
     /// Whether all pieces begin and end at multiples of `align`.
     pub(crate) fn aligned(&self, align: usize) -> bool {
         self.list.iter().all(|v| v.0.iov_base.addr() % align == 0 && v.len() % align == 0)

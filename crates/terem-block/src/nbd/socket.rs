@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::engine::{Action, Engine, Job, Vectors, View, send_now};
 use crate::range_lock::RangeLock;
 
 /// Bytes of ciphertext received at once.
@@ -120,8 +120,14 @@ impl Socket {
         let mut done = 0;
         while done < total {
             let (memory, _) = Vectors::new(views, done);
-            let job = Job { fd: Arc::clone(&self.fd), action: Action::Send { memory } };
-            match self.engine.run(job).await {
+            let action = Action::Send { memory };
+            let sent = match send_now(&self.fd, &action) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await
+                }
+                sent => sent,
+            };
+            match sent {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => done += n,
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}

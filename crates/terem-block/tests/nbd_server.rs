@@ -328,6 +328,18 @@ fn who_does_not_read_or_speak_stops_nobody_else() {
 }
 
 #[test]
+fn a_crowd_that_says_nothing_shuts_nobody_out() {
+    let scratch = Scratch::new();
+    let (_, disk) = qcow2(&scratch, "1M", AioEngine::Auto);
+    let options = NbdServerOptions { handshake: Duration::from_secs(60), ..NbdServerOptions::default() };
+    let (server, uri, socket) = serve(&scratch, vec![export("", &disk)], options);
+    let crowd: Vec<Client> = (0..200).map(|_| Client::connect(&socket)).collect();
+    run("qemu-io", &["-f", "raw", "-c", "read 0 64k", &uri]);
+    drop(crowd);
+    end(server, disk);
+}
+
+#[test]
 fn connections_are_limited_and_given_back() {
     let scratch = Scratch::new();
     let (_, disk) = qcow2(&scratch, "1M", AioEngine::Auto);

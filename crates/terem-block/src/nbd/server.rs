@@ -34,7 +34,7 @@ use super::socket::Socket;
 use super::tls::ServerTls;
 use crate::{BlockBackend, Disk};
 
-/// Most clients that negotiate at the same time.
+/// Clients that may negotiate at the same time; when there are more, those that began first must go.
 const MAX_NEGOTIATING: usize = 64;
 /// How long clients may take for the last replies when the server stops.
 const LAST_REPLIES: Duration = Duration::from_secs(2);
@@ -98,7 +98,6 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     stopping: bool,
-    negotiating: usize,
     /// Sockets of the connections, and the export each has.
     sockets: HashMap<u64, (Option<usize>, Arc<OwnedFd>)>,
     next: u64,
@@ -248,17 +247,20 @@ fn welcome(socket: OwnedFd, tcp: bool, shared: &Arc<Shared>) {
         let _ = set_socket_keepalive(&socket, true);
     }
     let mut state = shared.state();
-    if state.negotiating >= MAX_NEGOTIATING {
-        tracing::warn!("{MAX_NEGOTIATING} NBD clients are negotiating, one more is turned away");
-        return;
+    let negotiating = || state.sockets.iter().filter(|(_, (export, _))| export.is_none());
+    if negotiating().count() >= MAX_NEGOTIATING
+        && let Some(longest) = negotiating().map(|(id, _)| *id).min()
+        && let Some((_, socket)) = state.sockets.remove(&longest)
+    {
+        // It has had its time: a client that means it is done in no time.
+        let _ = shutdown(socket, Shutdown::Both);
     }
     let Ok(twin) = socket.try_clone() else { return };
-    state.negotiating += 1;
     let id = state.next;
     state.next += 1;
     state.sockets.insert(id, (None, Arc::new(twin)));
     drop(state);
-    let guest = Guest { shared: Arc::clone(shared), id, negotiating: true };
+    let guest = Guest { shared: Arc::clone(shared), id };
     // Where there is no thread, the guest is dropped, and its socket closed.
     if let Err(error) =
         std::thread::Builder::new().name("nbd-client".into()).spawn(move || negotiate(socket, guest))
@@ -271,7 +273,6 @@ fn welcome(socket: OwnedFd, tcp: bool, shared: &Arc<Shared>) {
 struct Guest {
     shared: Arc<Shared>,
     id: u64,
-    negotiating: bool,
 }
 
 impl Guest {
@@ -285,23 +286,18 @@ impl Guest {
         if state.sockets.values().filter(|(of, _)| *of == Some(export)).count() >= most {
             return Err(format!("all {most} connections to this export are taken"));
         }
-        if let Some((of, _)) = state.sockets.get_mut(&self.id) {
-            *of = Some(export);
-        }
+        let Some((of, _)) = state.sockets.get_mut(&self.id) else {
+            return Err("too many clients negotiate at once".into());
+        };
+        *of = Some(export);
         state.served += 1;
         Ok(())
-    }
-
-    fn negotiated(&mut self) {
-        self.negotiating = false;
-        self.shared.state().negotiating -= 1;
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
         let mut state = self.shared.state();
-        state.negotiating -= usize::from(self.negotiating);
         state.sockets.remove(&self.id);
         drop(state);
         self.shared.changed.notify_all();
@@ -309,12 +305,11 @@ impl Drop for Guest {
 }
 
 /// Negotiates with a client, and hands it over to the disk that it wants.
-fn negotiate(socket: OwnedFd, mut guest: Guest) {
+fn negotiate(socket: OwnedFd, guest: Guest) {
     let shared = Arc::clone(&guest.shared);
     let channel = Channel::new(socket, shared.options.handshake);
     match agree(channel, &shared, &guest) {
         Ok(Some((secure, agreement))) => {
-            guest.negotiated();
             let (fd, session) = secure.into_parts();
             let disks = shared.disks();
             let Some(disk) = disks.get(agreement.export) else { return };

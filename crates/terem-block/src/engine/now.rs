@@ -35,7 +35,7 @@ impl Now {
         let eager = match rustix::fs::fstatfs(fd) {
             _ if direct => Eager::Never,
             _ if block_device => Eager::Cached,
-            Ok(system) if MEMORY.contains(&(system.f_type as i64)) => Eager::Memory,
+            Ok(system) if MEMORY.contains(&system.f_type) => Eager::Memory,
             _ => Eager::Cached,
         };
         Self { reads: Cell::new(eager), writes: Cell::new(eager) }

@@ -268,7 +268,7 @@ impl Remote {
         let end = offset + length;
         let cut = |extent: &Extent| {
             let last = extent.end().min(end);
-            let host = (!extent.is_zero()).then_some(offset);
+            let host = extent.host.map(|_| offset);
             Extent::new(offset, last - offset, extent.kind, host)
         };
         let within = |extent: &&Extent| extent.offset <= offset && offset < extent.end();

@@ -194,12 +194,10 @@ fn extents(target: &Target, wide: bool, mut fields: Fields<'_>) -> Result<Vec<Ex
         let end = at.checked_add(length).filter(|&end| length > 0 && end < i64::MAX as u64);
         let end = end.ok_or(Broken::Nonsense("block status of no or too many bytes"))?;
         let has = |flag: u32| flags & u64::from(flag) != 0;
-        let kind = match (has(wire::STATE_ZERO), has(wire::STATE_HOLE)) {
-            (true, true) => ExtentKind::Unallocated,
-            (true, false) => ExtentKind::Zero,
-            (false, _) => ExtentKind::Data,
-        };
-        let extent = Extent::new(at, length, kind, (kind == ExtentKind::Data).then_some(at));
+        let kind = if has(wire::STATE_ZERO) { ExtentKind::Zero } else { ExtentKind::Data };
+        // As for files: a hole has no place.
+        let host = (kind == ExtentKind::Data || !has(wire::STATE_HOLE)).then_some(at);
+        let extent = Extent::new(at, length, kind, host);
         if !extents.last_mut().is_some_and(|last| last.join(&extent)) {
             extents.push(extent);
         }

@@ -1,6 +1,6 @@
 //! Both sides of NBD against the fuzz targets' seeds, and against what becomes of them when bytes change.
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small")]
-
+#![allow(clippy::panic, reason = "a panic is how a test fails")]
 mod peer;
 
 use peer::Random;

@@ -8,6 +8,7 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
+use crate::nbd;
 use crate::{
     AioEngine, BackingPolicy, Format, OpenError, OpenOptions, VdiOptions, VhdOptions, VhdxOptions,
     VmdkOptions,
@@ -192,6 +193,9 @@ pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Re
         .filter(|&size| i64::try_from(size).is_ok())
         .ok_or_else(|| limit(format!("{size} bytes are more than a file can have")))?;
 
+    if nbd::is_address(path) {
+        return empty_export(path, size, options);
+    }
     let existed = path.exists();
     let file = new_file(path, options.overwrite)?;
     let result = (options.format.driver().create)(&NewImage { path, name, file: &file, size, options })
@@ -208,6 +212,18 @@ pub(crate) fn other_files(path: &Path, options: &CreateOptions) -> Vec<PathBuf> 
         Format::Vmdk => crate::vmdk::extent_files(path, options),
         _ => Vec::new(),
     }
+}
+
+/// Makes an export that is there already an empty disk.
+fn empty_export(path: &Path, size: u64, options: &CreateOptions) -> Result<(), OpenError> {
+    let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
+    if options.format != Format::Raw {
+        return Err(limit("what is behind NBD is a raw disk; use the format raw".into()));
+    }
+    if !options.overwrite {
+        return Err(OpenError::Exists { path: path.to_owned() });
+    }
+    nbd::empty(path, size)
 }
 
 /// Opens the backing file as the new image would, and tells its size.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
+use crate::nbd;
 use crate::{Format, OpenError, VmdkInfo};
 
 /// Facts about an image.
@@ -112,6 +113,19 @@ pub struct SnapshotInfo {
 /// [`OpenError`] when it cannot be read or is damaged.
 pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo, OpenError> {
     let path = path.as_ref();
+    if nbd::is_address(path) {
+        let (filename, virtual_size) = (path.to_owned(), nbd::size(path, format)?);
+        // What it takes is the server's matter.
+        return Ok(ImageInfo {
+            filename,
+            format: Format::Raw,
+            virtual_size,
+            actual_size: 0,
+            cluster_size: None,
+            qcow2: None,
+            vmdk: None,
+        });
+    }
     let image = ImageFile::open(path, false, false, &mut Vec::new())?;
     let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
     let format = image.format(format)?;

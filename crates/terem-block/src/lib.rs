@@ -37,6 +37,7 @@ mod journal;
 mod lock;
 mod maintain;
 mod measure;
+mod nbd;
 mod node;
 mod options;
 mod picture;
@@ -69,6 +70,10 @@ pub use maintain::{
     Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
 };
 pub use measure::{Measure, measure, measure_size};
+pub use nbd::{
+    NbdExport, NbdListener, NbdServer, NbdServerOptions, ServerTls as NbdServerTls, TlsError as NbdTlsError,
+    exercise_nbd_client, exercise_nbd_server, is_address,
+};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};
 pub use terem_memory::{AlignedBuffer, IoMemory};

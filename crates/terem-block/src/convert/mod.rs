@@ -84,6 +84,13 @@ pub fn convert(
     let threads = options.threads.unwrap_or_else(default_threads).clamp(1, 64);
     let open = OpenOptions { read_only: true, ..source_options.clone() };
     let from = Disk::open(source, &open)?;
+    if crate::nbd::is_address(target) && !options.existing {
+        // An export is there already: it is emptied, then filled.
+        crate::create(target, &CreateOptions { size: Some(from.size()), ..target_options.clone() })?;
+        drop(from);
+        let options = ConvertOptions { existing: true, target_is_zero: true, ..options.clone() };
+        return convert(source, source_options, target, target_options, &options, progress);
+    }
     if options.existing {
         let open = target_open(target_options.format, options);
         let to = Disk::open(target, &open)?;

@@ -122,6 +122,14 @@ impl Image for Qcow2 {
         Box::pin(self.write_zeroes(offset, length, unmap))
     }
 
+    fn zeroes_fast(&self, offset: u64, length: u64) -> bool {
+        // Whole clusters only get another entry; version 2 has no such entry, and lets what is below show through.
+        let cluster = self.cluster_size();
+        let whole = offset.is_multiple_of(cluster)
+            && (length.is_multiple_of(cluster) || offset + length == self.size());
+        whole && (self.header.version >= 3 || self.backing.is_none())
+    }
+
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
         Box::pin(self.status(offset, length))
     }

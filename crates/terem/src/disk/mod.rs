@@ -5,6 +5,7 @@ mod change;
 mod describe;
 mod picture;
 mod progress;
+mod serve;
 
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
@@ -23,6 +24,7 @@ use terem_config::ByteSize;
 /// Carries out a command.
 pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
     match command {
+        DiskCommand::Serve(arguments) => serve::run(arguments),
         DiskCommand::Create { new, backing, backing_format, format, path, size } => {
             let backing =
                 backing.clone().zip(*backing_format).map(|(path, format)| BackingFile { path, format });

@@ -54,6 +54,12 @@ fn linux_6_12_with_4_cpus_and_3_gib() {
     boots("6.12", 4, "3G", 3072);
 }
 
+#[test]
+#[ignore = "a minute of processor time; run by hand"]
+fn linux_6_12_with_64_cpus_and_1_gib() {
+    boots("6.12", 64, "1G", 1024);
+}
+
 /// 32-bit kernels: their entry in protected mode, segments, `int 0x80` and both 32-bit page table formats.
 fn boots_32_bit(series: &str, pae: bool) {
     let _one = alone();

@@ -45,6 +45,32 @@ fn contents(image: &Path) -> PathBuf {
 }
 
 #[test]
+fn a_disk_over_nbd_is_a_disk() {
+    let _one = alone();
+    let dir = folder();
+    let (image, socket) = (qcow2(dir.path(), "a.qcow2", "64M"), dir.path().join("socket"));
+    let mut server = Command::new(terem())
+        .args(["disk", "serve", "--once", "--socket"])
+        .args([&socket, &image])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        assert!(server.try_wait().unwrap().is_none(), "the server does not start");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let disk = format!("nbd+unix:///?socket={}", socket.display());
+    let ended = Guest::minimal("6.1", "blk", "", &["--cpus", "2", "--disk", &disk]).finish();
+    ended.assert_clean(0);
+    assert_eq!(ended.value("blk-wrote"), ended.value("blk-read"));
+    assert_eq!(ended.value("vda-size"), "131072");
+    assert!(server.wait().unwrap().success());
+    qemu_img_finds_nothing(&image);
+    let allocated = succeed(Command::new("qemu-img").args(["map"]).arg(&image));
+    assert!(allocated.lines().count() > 1, "nothing was written: {allocated}");
+}
+
+#[test]
 fn a_qcow2_disk_takes_writes_flushes_and_discards() {
     let _one = alone();
     let dir = folder();

@@ -168,6 +168,9 @@ pub enum IoError {
     /// The disk is closed.
     #[error("the disk is closed")]
     Closed,
+    /// The server that has the disk is not there any more, or talks nonsense.
+    #[error("{0}")]
+    Server(String),
     /// The host reported this error number.
     #[error("{}", std::io::Error::from_raw_os_error(*.0))]
     Os(i32),
@@ -183,7 +186,7 @@ impl IoError {
             Self::Locked => libc::EACCES,
             Self::Unsupported(_) => libc::ENOTSUP,
             Self::NoSpace => libc::ENOSPC,
-            Self::Corrupt(_) | Self::FlushFailed | Self::Closed => libc::EIO,
+            Self::Corrupt(_) | Self::FlushFailed | Self::Closed | Self::Server(_) => libc::EIO,
             Self::Os(errno) => *errno,
         }
     }

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use crate::engine::Engine;
 use crate::file::{File, FileFacts};
 use crate::lock::lock_image;
+use crate::nbd;
 use crate::node::{Node, directory_of};
 use crate::probe::{HEAD, Looks, probe};
 use crate::{BackingPolicy, Cache, Format, OpenError, OpenOptions};
@@ -39,6 +40,10 @@ impl ImageFile {
         seen: &mut Vec<(u64, u64)>,
     ) -> Result<Self, OpenError> {
         let owned = || path.to_owned();
+        if nbd::is_address(path) {
+            let reason = "it is an NBD export, and this works with image files only".into();
+            return Err(OpenError::Address { path: owned(), reason });
+        }
         // Before opening: a FIFO or a device could do something at being opened.
         let kind = fs::metadata(path).map_err(|e| open_failed(path, writing, e))?.file_type();
         if kind.is_dir() {
@@ -248,6 +253,9 @@ fn open_node(
     options: &OpenOptions,
     seen: &mut Seen,
 ) -> Result<Node, OpenError> {
+    if nbd::is_address(path) {
+        return nbd::open(engine, path, format, writing, options);
+    }
     let opening = Opening::new(engine, path, format, writing, options, seen)?;
     if options.snapshot.is_some() && opening.is_top() && opening.format != Format::Qcow2 {
         let what = format!("a {} image has no snapshots", opening.format.name());
@@ -339,6 +347,18 @@ pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -
             "backing files are switched off for this disk; flatten it with `qemu-img convert`",
         ));
     }
+    if nbd::is_address(Path::new(name)) {
+        let allowed = match policy {
+            BackingPolicy::Any => true,
+            BackingPolicy::Allow(paths) => paths.iter().any(|path| path.as_os_str() == name),
+            BackingPolicy::SameDirectory | BackingPolicy::None => false,
+        };
+        return if allowed {
+            Ok(PathBuf::from(name))
+        } else {
+            Err(refused("it is on a server; allow this very address if the image can be trusted"))
+        };
+    }
     let plain = name.strip_prefix("file:").unwrap_or(name);
     // As QEMU: a colon before the first slash is a protocol ("json:" too).
     if plain.split('/').next().is_some_and(|first| first.contains(':')) {
@@ -395,6 +415,10 @@ mod tests {
         );
         assert!(resolve_backing(&image, "/etc/passwd", &allow).is_err());
         assert!(resolve_backing(&image, "/etc/passwd", &BackingPolicy::Any).is_ok());
+        let allow = BackingPolicy::Allow(vec!["nbd://host/a".into()]);
+        assert!(resolve_backing(&image, "nbd://host/a", &allow).is_ok());
+        assert!(resolve_backing(&image, "nbd://host/ab", &allow).is_err());
+        assert!(resolve_backing(&image, "nbd://host/ab", &BackingPolicy::Any).is_ok());
         assert!(resolve_backing(&image, "base", &BackingPolicy::None).is_err());
         let e = resolve_backing(&image, "nowhere", &same).expect_err("missing");
         assert!(e.to_string().contains("nowhere"), "{e}");

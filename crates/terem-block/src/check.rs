@@ -64,6 +64,11 @@ pub fn check_unlocked(path: impl AsRef<Path>, format: Option<Format>) -> Result<
 }
 
 fn check_with(path: &Path, format: Option<Format>, lock: bool) -> Result<CheckReport, OpenError> {
+    if crate::nbd::is_address(path) {
+        // Whatever the image is, it is the server's.
+        let image_end = crate::nbd::size(path, format)?;
+        return Ok(CheckReport { image_end, ..CheckReport::default() });
+    }
     let image = ImageFile::open(path, false, lock, &mut Vec::new())?;
     match image.format(format)?.driver().check {
         None => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),

@@ -8,7 +8,11 @@ use crate::chain::{ImageFile, open_chain, resolve_backing};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
-use crate::{AioEngine, BackingPolicy, EncryptionOptions, Format, Keys, OpenError, OpenOptions};
+use crate::nbd;
+use crate::{
+    AioEngine, BackingPolicy, EncryptionOptions, Format, Keys, OpenError, OpenOptions, VdiOptions,
+    VhdOptions, VhdxOptions, VmdkOptions,
+};
 
 /// How much of a new image is given its place at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -120,6 +124,14 @@ pub struct CreateOptions {
     pub backing_unchecked: bool,
     /// How much gets its place now.
     pub preallocation: Preallocation,
+    /// What only VDI images have.
+    pub vdi: VdiOptions,
+    /// What only VHD images have.
+    pub vhd: VhdOptions,
+    /// What only VHDX images have.
+    pub vhdx: VhdxOptions,
+    /// What only VMDK images have.
+    pub vmdk: VmdkOptions,
     /// Whether a file that is there already may be replaced.
     pub overwrite: bool,
     /// What only qcow2 has.
@@ -138,6 +150,10 @@ impl Default for CreateOptions {
             backing: None,
             backing_unchecked: false,
             preallocation: Preallocation::Off,
+            vdi: VdiOptions::default(),
+            vhd: VhdOptions::default(),
+            vhdx: VhdxOptions::default(),
+            vmdk: VmdkOptions::default(),
             overwrite: false,
             qcow2: Qcow2Options::default(),
             encryption: EncryptionOptions::default(),
@@ -160,7 +176,11 @@ impl CreateOptions {
 /// [`OpenError`]: the file exists or is in use, the options contradict each other, the backing file
 /// cannot be opened, or writing failed. A file that was begun is removed.
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), OpenError> {
-    let path = path.as_ref();
+    create_as(path.as_ref(), path.as_ref(), options)
+}
+
+/// As [`create`], for an image that will be renamed to `name` when it is complete.
+pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Result<(), OpenError> {
     let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
     if options.format == Format::Raw && options.backing.is_some() {
         return Err(limit("a raw image cannot have a backing file; use qcow2".into()));
@@ -182,14 +202,37 @@ pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<(), Ope
         .filter(|&size| i64::try_from(size).is_ok())
         .ok_or_else(|| limit(format!("{size} bytes are more than a file can have")))?;
 
+    if nbd::is_address(path) {
+        return empty_export(path, size, options);
+    }
     let existed = path.exists();
     let file = new_file(path, options.overwrite)?;
-    let result = (options.format.driver().create)(&NewImage { path, file: &file, size, options })
+    let result = (options.format.driver().create)(&NewImage { path, name, file: &file, size, options })
         .and_then(|()| file.sync_all().map_err(|e| OpenError::io(path, "writing the new image", e)));
     if result.is_err() && !existed {
         let _ = fs::remove_file(path);
     }
     result
+}
+
+/// The files that [`create`] makes besides the image itself.
+pub(crate) fn other_files(path: &Path, options: &CreateOptions) -> Vec<PathBuf> {
+    match options.format {
+        Format::Vmdk => crate::vmdk::extent_files(path, options),
+        _ => Vec::new(),
+    }
+}
+
+/// Makes an export that is there already an empty disk.
+fn empty_export(path: &Path, size: u64, options: &CreateOptions) -> Result<(), OpenError> {
+    let limit = |what: String| OpenError::Limit { path: path.to_owned(), what };
+    if options.format != Format::Raw {
+        return Err(limit("what is behind NBD is a raw disk; use the format raw".into()));
+    }
+    if !options.overwrite {
+        return Err(OpenError::Exists { path: path.to_owned() });
+    }
+    nbd::empty(path, size)
 }
 
 /// Opens the backing file as the new image would, and tells its size.

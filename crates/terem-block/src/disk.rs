@@ -45,9 +45,22 @@ pub struct DiskFacts {
 /// Something to be done with the image that is not an [`Op`]; started on the I/O thread.
 type Call = Box<dyn FnOnce(Rc<Node>) -> LocalFuture<'static, ()> + Send>;
 
+/// Work that lives on the I/O thread for longer, such as a connection. The disk closes when it has ended.
+type Resident = Box<dyn FnOnce(Local) -> LocalFuture<'static, ()> + Send>;
+
 enum Task {
     Request(Op, Completion),
     Call(Call),
+    Resident(Resident),
+}
+
+/// What there is on a disk's I/O thread.
+#[derive(Clone)]
+pub(crate) struct Local {
+    pub(crate) node: Rc<Node>,
+    pub(crate) engine: Rc<Engine>,
+    /// Whether writes are to be refused.
+    pub(crate) read_only: bool,
 }
 
 #[derive(Default)]
@@ -236,6 +249,12 @@ impl Disk {
         result
     }
 
+    /// Starts work on the I/O thread that uses the image and the engine itself; whether the disk was still open. It must
+    /// come to an end before the disk can close.
+    pub(crate) fn host(&self, work: impl FnOnce(Local) -> LocalFuture<'static, ()> + Send + 'static) -> bool {
+        self.push(Task::Resident(Box::new(work))).is_ok()
+    }
+
     /// Hands a task to the I/O thread, or gives it back when that takes no more.
     fn push(&self, task: Task) -> Result<(), Task> {
         let mut inbox = self.shared.inbox();
@@ -366,6 +385,8 @@ async fn serve(
     shared: &Arc<Shared>,
 ) -> Result<(), IoError> {
     let tasks = Rc::new(Tasks::default());
+    let local =
+        Local { node: Rc::clone(node), engine: Rc::clone(engine), read_only: node.geometry(false).read_only };
     loop {
         let (requests, closed) = poll_fn(|cx| {
             engine.wake_on_bell(cx.waker());
@@ -381,12 +402,13 @@ async fn serve(
             break;
         }
         for task in requests {
-            let (node, tasks) = (Rc::clone(node), Rc::clone(&tasks));
+            let (local, tasks) = (local.clone(), Rc::clone(&tasks));
             tasks.count.set(tasks.count.get() + 1);
             executor.spawn(async move {
                 match task {
-                    Task::Request(op, completion) => perform(&node, op, completion).await,
-                    Task::Call(call) => call(node).await,
+                    Task::Request(op, completion) => perform(&local.node, op, completion).await,
+                    Task::Call(call) => call(local.node).await,
+                    Task::Resident(work) => work(local).await,
                 }
                 tasks.ended();
             });

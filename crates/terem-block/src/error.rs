@@ -179,6 +179,24 @@ pub enum OpenError {
         /// What it is; a wrong passphrase is [`CryptError::WrongPassphrase`].
         source: CryptError,
     },
+    /// A network address makes no sense.
+    #[error("{}: {reason}", path.display())]
+    Address {
+        /// The address.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A server could not be reached, or did not give the disk.
+    #[error("{}: {doing}: {reason}", path.display())]
+    Server {
+        /// The disk's address.
+        path: PathBuf,
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed, and the way out where one is known.
+        reason: String,
+    },
     /// The I/O engine that was asked for is not available.
     #[error("io_uring is not available here ({0}); use aio=threads or aio=auto")]
     NoIoUring(io::Error),

@@ -8,12 +8,16 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Spawned};
 
 /// A future that stays on its thread.
 pub(crate) type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+/// A task, and what wakes it.
+struct Task {
+    future: Spawned,
+    waker: Waker,
+}
 
 /// Numbers of tasks that can go on. Wakers must be `Send`, so it is behind a (never contended) mutex.
 #[derive(Default)]
@@ -37,6 +41,9 @@ impl Wake for TaskWaker {
 /// The number of the future that [`Executor::block_on`] runs.
 const ROOT: usize = usize::MAX;
 
+/// Steps of tasks between two looks at what has come from outside.
+const TURNS: usize = 256;
+
 /// Tasks and the engine that they wait for.
 pub(crate) struct Executor {
     engine: Rc<Engine>,
@@ -52,15 +59,16 @@ impl Executor {
 
     /// Starts a task. It first runs when control is back in [`Self::block_on`].
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.start(Box::pin(task));
+    }
+
+    fn start(&self, future: Spawned) {
         let mut tasks = self.tasks.borrow_mut();
-        let task: Option<Task> = Some(Box::pin(task));
-        let number = if let Some(number) = self.free.borrow_mut().pop() {
-            tasks[number] = task;
-            number
-        } else {
-            tasks.push(task);
+        let number = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            tasks.push(None);
             tasks.len() - 1
-        };
+        });
+        tasks[number] = Some(Task { future, waker: self.waker(number) });
         self.ready.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(number);
     }
 
@@ -77,7 +85,11 @@ impl Executor {
         let root = self.waker(ROOT);
         root.wake_by_ref();
         loop {
-            loop {
+            // I/O that is done at once lets tasks go on without end; others must be heard between.
+            for _ in 0..TURNS {
+                for task in self.engine.take_spawned() {
+                    self.start(task);
+                }
                 let next = self.ready.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
                 let Some(number) = next else { break };
                 if number == ROOT {
@@ -88,7 +100,8 @@ impl Executor {
                     self.step(number);
                 }
             }
-            self.engine.wait(true)?;
+            let ready = !self.ready.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+            self.engine.wait(!ready && !self.engine.has_spawned())?;
         }
     }
 
@@ -97,13 +110,26 @@ impl Executor {
         // It is taken out while it runs, since it may spawn others. A wake of an ended task finds nothing,
         // or at worst a successor with the same number, which a needless wake does not harm.
         let Some(mut task) = self.tasks.borrow_mut().get_mut(number).and_then(Option::take) else { return };
-        let waker = self.waker(number);
-        if task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+        if task.future.as_mut().poll(&mut Context::from_waker(&task.waker)).is_ready() {
+            drop(task);
             self.free.borrow_mut().push(number);
         } else {
             self.tasks.borrow_mut()[number] = Some(task);
         }
     }
+}
+
+/// Lets other tasks have their turn.
+pub(crate) async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Runs several futures side by side; the first error, once all have ended.

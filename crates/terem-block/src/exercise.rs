@@ -1,35 +1,82 @@
 //! Runs an image from anywhere through the block layer: the entry of fuzz targets.
 
-use std::io::Write;
+use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use terem_memory::AlignedBuffer;
 
+use crate::bytes::le16;
 use crate::file::to_usize;
 use crate::{AioEngine, BackingPolicy, BlockBackend, Cache, Disk, Format, IoError, Op, OpenOptions};
 
 /// Disks up to this many bytes are compared with what they should hold.
 const MAX_MODEL: u64 = 1 << 20;
 
-/// Opens `bytes` as a qcow2 image in memory, and if it can be opened, reads, writes, zeroes, discards and
-/// flushes at places that depend on `seed`, closes it, and checks it. Always ends, whatever the bytes are.
+/// Opens `bytes` as a qcow2 image in memory and works on it, as [`exercise`] says. Returns whether it could be opened for
+/// writing.
 ///
-/// Returns whether it could be opened for writing.
+/// # Panics
+/// As [`exercise`].
+#[must_use]
+pub fn exercise_qcow2(bytes: &[u8], seed: u64) -> bool {
+    let Some(file) = memory_file() else { return false };
+    file.write_all_at(bytes, 0).is_ok() && exercise(&file, Format::Qcow2, seed)
+}
+
+/// Most sectors of an image that [`exercise_pieces`] makes: 16 MiB.
+const MAX_SECTORS: u16 = 1 << 15;
+
+/// Works on an image that is described by its parts, so that images whose structures lie far apart are short inputs:
+///
+/// ```text
+///  format (0 vdi, 1 vpc, 2 vhdx, 3 vmdk) │ sectors of the file: 2 bytes │ part: sector, length: 2 bytes each; data │ part ...
+/// ```
+///
+/// Checksums of VHDX structures are made right, or nothing behind them would ever be reached. Returns whether the image
+/// could be opened for writing.
+///
+/// # Panics
+/// As [`exercise`].
+#[must_use]
+pub fn exercise_pieces(input: &[u8], seed: u64) -> bool {
+    let [format, rest @ ..] = input else { return false };
+    let format = [Format::Vdi, Format::Vhd, Format::Vhdx, Format::Vmdk][usize::from(format % 4)];
+    let Some(file) = memory_file() else { return false };
+    if file.set_len(u64::from(le16(rest, 0).min(MAX_SECTORS)) * 512).is_err() {
+        return false;
+    }
+    let mut rest = rest.get(2..).unwrap_or_default();
+    while rest.len() > 4 {
+        let (at, length) = (u64::from(le16(rest, 0).min(MAX_SECTORS)) * 512, usize::from(le16(rest, 2)));
+        let (data, more) = rest[4..].split_at(length.min(rest.len() - 4));
+        if file.write_all_at(data, at).is_err() {
+            return false;
+        }
+        rest = more;
+    }
+    if format == Format::Vhdx && crate::vhdx::reseal(&file).is_err() {
+        return false;
+    }
+    exercise(&file, format, seed)
+}
+
+fn memory_file() -> Option<File> {
+    rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).ok().map(File::from)
+}
+
+/// Opens an image in memory, and if it can be opened, reads, writes, zeroes, discards and flushes at places that depend
+/// on `seed`, closes it, and checks it. Always ends, whatever the bytes are. Returns whether it could be opened for
+/// writing.
 ///
 /// # Panics
 /// When an image that had been found free of errors is damaged by what is done to it, or reads as
 /// something else than was written.
-#[must_use]
-pub fn exercise_qcow2(bytes: &[u8], seed: u64) -> bool {
-    let Ok(fd) = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC) else { return false };
-    let mut file = std::fs::File::from(fd);
-    if file.write_all(bytes).is_err() {
-        return false;
-    }
+fn exercise(file: &File, format: Format, seed: u64) -> bool {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let options = OpenOptions {
-        format: Some(Format::Qcow2),
+        format: Some(format),
         backing: BackingPolicy::None,
         cache: Cache::Unsafe,
         aio: AioEngine::Threads,
@@ -37,7 +84,7 @@ pub fn exercise_qcow2(bytes: &[u8], seed: u64) -> bool {
         ..OpenOptions::default()
     };
     let _ = crate::info(&path, None);
-    let sound = crate::check(&path, Some(Format::Qcow2)).is_ok_and(|report| report.is_clean());
+    let sound = crate::check(&path, Some(format)).is_ok_and(|report| report.is_clean());
     let Ok(disk) = Disk::open(&path, &options) else {
         return Disk::open(&path, &OpenOptions { read_only: true, ..options }).is_ok_and(|disk| {
             Exercise::new(disk, seed, sound).run();
@@ -46,8 +93,10 @@ pub fn exercise_qcow2(bytes: &[u8], seed: u64) -> bool {
     };
     let disk = Exercise::new(disk, seed, sound).run();
     let closed = disk.close();
-    let report = crate::check(&path, Some(Format::Qcow2));
-    maintain(&path, seed, sound && closed.is_ok());
+    let report = crate::check(&path, Some(format));
+    if format == Format::Qcow2 {
+        maintain(&path, seed, sound && closed.is_ok());
+    }
     if sound {
         assert!(closed.is_ok(), "a sound image cannot be closed: {closed:?}");
         // Leaks are not asked for: they lose space and no data.

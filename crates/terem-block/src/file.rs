@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::IoError;
-use crate::engine::{Action, Engine, Job, Vectors, View};
+use crate::engine::{Action, Engine, Job, Now, Vectors, View};
 use crate::extent::{Extent, ExtentKind};
 use crate::range_lock::RangeLock;
 
@@ -16,6 +16,7 @@ pub(crate) struct File {
     engine: Rc<Engine>,
     fd: Arc<OwnedFd>,
     path: PathBuf,
+    now: Now,
     /// What offsets, lengths and addresses must be multiples of: 1 through the page cache.
     align: u64,
     block_device: bool,
@@ -46,6 +47,7 @@ impl File {
         let &FileFacts { align, block_device, read_only, durable, len } = facts;
         Self {
             engine,
+            now: Now::new(&fd, align > 1, block_device),
             fd: Arc::new(fd),
             path,
             align,
@@ -83,6 +85,9 @@ impl File {
     }
 
     async fn run(&self, action: Action) -> Result<usize, IoError> {
+        if let Some(result) = self.now.perform(&self.fd, &action) {
+            return Ok(result?);
+        }
         Ok(self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await?)
     }
 
@@ -292,6 +297,11 @@ impl File {
         } else {
             (offset, end)
         }
+    }
+
+    /// Whether, as far as is known, [`Self::write_zeroes`] does not write zeroes.
+    pub(crate) fn zeroes_fast(&self) -> bool {
+        !self.no_zero_range.get() && !self.block_device
     }
 
     /// Makes the range read as zeroes. With `unmap` storage may be given back.

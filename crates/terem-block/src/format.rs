@@ -19,12 +19,29 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VirtualBox's format.
+    Vdi,
+    /// The format of Virtual PC and Hyper-V, which QEMU calls `vpc`.
+    #[serde(rename = "vpc", alias = "vhd")]
+    Vhd,
+    /// Hyper-V's format.
+    Vhdx,
+    /// VMware's format.
+    Vmdk,
     /// Linux' encrypted format, versions 1 and 2.
     Luks,
 }
 
 /// All formats. Raw comes first: it is what a file is in which no other is found.
-static DRIVERS: [&Driver; 3] = [&crate::raw::DRIVER, &crate::qcow2::DRIVER, &crate::luks::DRIVER];
+static DRIVERS: [&Driver; 7] = [
+    &crate::raw::DRIVER,
+    &crate::qcow2::DRIVER,
+    &crate::vdi::DRIVER,
+    &crate::vhd::DRIVER,
+    &crate::vhdx::DRIVER,
+    &crate::vmdk::DRIVER,
+    &crate::luks::DRIVER,
+];
 
 /// Finds what is wrong with an image.
 pub(crate) type Check = fn(&ImageFile) -> Result<CheckReport, OpenError>;
@@ -51,6 +68,8 @@ pub(crate) struct Driver {
 /// A new image, for [`Driver::create`].
 pub(crate) struct NewImage<'a> {
     pub(crate) path: &'a Path,
+    /// The path that it will have when it is complete.
+    pub(crate) name: &'a Path,
     pub(crate) file: &'a fs::File,
     /// Bytes of the disk, a multiple of 512.
     pub(crate) size: u64,
@@ -66,6 +85,27 @@ pub struct CreateOption {
     pub help: &'static str,
     /// Sets it from text, or says what would be right.
     pub set: fn(&mut CreateOptions, &str) -> Result<(), String>,
+}
+
+/// What `on` and `off` say in a [`CreateOption`].
+pub(crate) fn flag(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off".into()),
+    }
+}
+
+/// What a [`CreateOption`] says in bytes, or in KiB, MiB or GiB with `K`, `M` or `G` after the number.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number = digits.parse().ok().and_then(|n: u64| n.checked_mul(1 << shift));
+    number.ok_or_else(|| format!("{text} is no number of bytes"))
 }
 
 impl Format {

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::{EncryptionInfo, Format, OpenError};
+use crate::nbd;
+use crate::{EncryptionInfo, Format, OpenError, VmdkInfo};
 
 /// Facts about an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -23,9 +24,15 @@ pub struct ImageInfo {
     /// How it is encrypted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encryption: Option<EncryptionInfo>,
+    /// Bytes of the blocks in which the image gives place, if it has such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
     /// What only qcow2 images have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2: Option<Qcow2Info>,
+    /// What only VMDK images have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmdk: Option<VmdkInfo>,
 }
 
 /// Facts about a qcow2 image.
@@ -109,6 +116,20 @@ pub struct SnapshotInfo {
 /// [`OpenError`] when it cannot be read or is damaged.
 pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo, OpenError> {
     let path = path.as_ref();
+    if nbd::is_address(path) {
+        let (filename, virtual_size) = (path.to_owned(), nbd::size(path, format)?);
+        // What it takes is the server's matter.
+        return Ok(ImageInfo {
+            filename,
+            format: Format::Raw,
+            virtual_size,
+            actual_size: 0,
+            encryption: None,
+            cluster_size: None,
+            qcow2: None,
+            vmdk: None,
+        });
+    }
     let image = ImageFile::open(path, false, false, &mut Vec::new())?;
     let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
     let format = image.format(format)?;
@@ -118,7 +139,9 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
         virtual_size: 0,
         actual_size: meta.blocks() * 512,
         encryption: None,
+        cluster_size: None,
         qcow2: None,
+        vmdk: None,
     };
     (format.driver().describe)(&image, &mut info)?;
     Ok(info)

@@ -14,6 +14,8 @@
 
 mod backend;
 mod bench;
+mod blocks;
+mod bytes;
 mod chain;
 mod check;
 mod commit;
@@ -29,6 +31,7 @@ mod executor;
 mod exercise;
 mod extent;
 mod file;
+mod flat;
 mod format;
 mod info;
 #[cfg(test)]
@@ -38,13 +41,20 @@ mod lock;
 mod luks;
 mod maintain;
 mod measure;
+mod nbd;
 mod node;
 mod options;
 mod picture;
+#[cfg(test)]
+mod power;
 mod probe;
 mod qcow2;
 mod range_lock;
 mod raw;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
@@ -56,7 +66,7 @@ pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Op
 pub use disk::{Disk, DiskFacts};
 pub use encryption::{EncryptionInfo, EncryptionOptions};
 pub use error::OpenError;
-pub use exercise::exercise_qcow2;
+pub use exercise::{exercise_pieces, exercise_qcow2};
 pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
@@ -66,9 +76,17 @@ pub use maintain::{
     Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
 };
 pub use measure::{Measure, measure, measure_size};
+pub use nbd::{
+    NbdExport, NbdListener, NbdServer, NbdServerOptions, ServerTls as NbdServerTls, TlsError as NbdTlsError,
+    exercise_nbd_client, exercise_nbd_server, is_address,
+};
 pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
 pub use picture::{FileRun, FileUse, file_map};
 pub use terem_crypt::{
     Algorithm, Cost, CryptError, Hash, IvGenerator, LuksInfo, MAX_PASSPHRASE, Mode, Passphrase, SlotInfo,
 };
 pub use terem_memory::{AlignedBuffer, IoMemory};
+pub use vdi::VdiOptions;
+pub use vhd::VhdOptions;
+pub use vhdx::VhdxOptions;
+pub use vmdk::{VmdkExtent, VmdkInfo, VmdkOptions, VmdkSubformat};

@@ -182,7 +182,7 @@ impl Image for LuksImage {
 }
 
 fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
-    let &NewImage { path, file, size, options } = new;
+    let &NewImage { path, file, size, options, .. } = new;
     let fail = |e| OpenError::io(path, "writing the new image", e);
     let passphrase = options.keys.of(path)?;
     let header = encryption::Header::new(&options.encryption).map_err(|e| failed(path, e))?;

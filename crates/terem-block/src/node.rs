@@ -59,6 +59,11 @@ pub(crate) trait Image: Any {
     /// As [`Op::WriteZeroes`].
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Answer<'_>;
 
+    /// Whether [`Self::write_zeroes`] of this range is faster than writing zeroes would be.
+    fn zeroes_fast(&self, _offset: u64, _length: u64) -> bool {
+        false
+    }
+
     /// The run at `offset`, of at least one and at most `length` bytes; `depth` is 0. `Unallocated` means that
     /// reading goes on in the backing file, or gives zeroes if there is none.
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent>;
@@ -119,6 +124,8 @@ pub(crate) trait Image: Any {
 pub(crate) struct Packer {
     /// Bytes of a cluster.
     pub(crate) unit: u64,
+    /// Whether the image has no other clusters.
+    pub(crate) always: bool,
     /// Compresses one on any thread; `None` if that does not make it smaller.
     pub(crate) compress: fn(&[u8]) -> Option<Vec<u8>>,
 }
@@ -188,6 +195,16 @@ impl Node {
             Op::Discard { offset, length } => self.0.discard(offset, length).await,
             Op::WriteZeroes { offset, length, unmap } => self.0.write_zeroes(offset, length, unmap).await,
         }
+    }
+
+    /// Writes `view`, which lies within the disk.
+    pub(crate) async fn write(&self, offset: u64, view: View) -> Result<(), IoError> {
+        self.0.write(offset, view).await
+    }
+
+    /// Whether write-zeroes of this range is faster than writing zeroes would be.
+    pub(crate) fn zeroes_fast(&self, offset: u64, length: u64) -> bool {
+        self.0.zeroes_fast(offset, length)
     }
 
     /// Fills `view` from `offset` on; zeroes beyond the image's end.

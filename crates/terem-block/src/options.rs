@@ -36,13 +36,14 @@ pub enum AioEngine {
 /// Which backing files named inside an image may be opened. They are always opened read-only.
 ///
 /// The name comes from the image, which may come from anywhere: without a rule an image could make us read
-/// any file of the host into a guest.
+/// any file of the host into a guest. An NBD address is opened only where the policy names that very address, or allows
+/// everything.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum BackingPolicy {
     /// Files in the directory of the image that names them, or below it, with all symbolic links resolved.
     #[default]
     SameDirectory,
-    /// As [`Self::SameDirectory`], and also these files and everything below these directories.
+    /// As [`Self::SameDirectory`], and also these files, everything below these directories, and these addresses.
     Allow(Vec<PathBuf>),
     /// No restriction: every image of the chain is trusted.
     Any,

@@ -6,16 +6,8 @@ use crate::Format;
 pub(crate) const HEAD: usize = 512;
 
 /// Signatures of image formats that are none of ours: offset, bytes, name.
-const FOREIGN: [(usize, &[u8], &str); 8] = [
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk (ESX)"),
-    (0, b"# Disk DescriptorFile", "vmdk (descriptor)"),
-    (0x40, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
-    (0, b"conectix", "vpc"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"QED\0", "qed"),
-    (0, b"WithoutFreeSpace", "parallels"),
-];
+const FOREIGN: [(usize, &[u8], &str); 3] =
+    [(0, b"COWD", "vmdk (ESX)"), (0, b"QED\0", "qed"), (0, b"WithoutFreeSpace", "parallels")];
 
 /// What a file looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

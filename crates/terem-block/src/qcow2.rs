@@ -50,6 +50,7 @@ mod unmap;
 mod write;
 mod writeback;
 
+pub(crate) use cache::{DirtyPart, TableCache};
 use check::check_image;
 pub(crate) use check::file_map;
 use create::write_new;

@@ -113,6 +113,10 @@ impl Image for Raw {
         Some(&self.file)
     }
 
+    fn zeroes_fast(&self, _offset: u64, _length: u64) -> bool {
+        self.file.zeroes_fast()
+    }
+
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
         Box::pin(async move { Ok(self.file.status(offset, length)) })
     }

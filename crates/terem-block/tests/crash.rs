@@ -136,6 +136,32 @@ fn flushed_data_survives_sigkill() {
     }
 }
 
+/// Also in the formats of others, which QEMU reads the same afterwards.
+#[test]
+fn flushed_data_survives_sigkill_in_other_formats() {
+    let scratch = Scratch::new();
+    let shapes = [
+        ("vdi", "static=off", 6),
+        ("vpc", "force_size=on", 20),
+        ("vhdx", "block_size=1M", 7),
+        ("vmdk", "subformat=monolithicSparse", 30),
+        ("vmdk", "subformat=twoGbMaxExtentSparse", 9),
+        ("vmdk", "subformat=streamOptimized", 12),
+    ];
+    for (format, shape, flushes) in shapes {
+        let image = scratch.path(&format!("crash.{format}"));
+        run("qemu-img", &["create", "-q", "-f", format, "-o", shape, str(&image), &SIZE.to_string()]);
+        let flushed = kill_after(&image, flushes);
+        assert_eq!(terem_block::check(&image, None).expect("checked").errors, 0, "{format} {shape}");
+        verify(&image, flushed);
+        let disk = Disk::open(&image, &OpenOptions::read_only()).expect("opened");
+        let bytes = peer::read(&disk, 0, SIZE as usize).expect("read");
+        drop(disk);
+        let raw = scratch.write("model.raw", &bytes);
+        run("qemu-img", &["compare", "-f", "raw", "-F", format, str(&raw), str(&image)]);
+    }
+}
+
 #[test]
 fn an_image_left_dirty_by_qemu_gets_its_refcounts() {
     let scratch = Scratch::new();

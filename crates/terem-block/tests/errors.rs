@@ -32,17 +32,9 @@ fn patch(image: &Path, at: usize, bytes: &[u8]) {
     fs::write(image, all).expect("written");
 }
 
-const QCOW2: OpenOptions = OpenOptions {
-    format: Some(Format::Qcow2),
-    read_only: false,
-    snapshot: None,
-    cache: terem_block::Cache::Writeback,
-    discard: true,
-    backing: BackingPolicy::SameDirectory,
-    aio: terem_block::AioEngine::Auto,
-    lock: true,
-    table_cache: 1 << 20,
-};
+fn qcow2() -> OpenOptions {
+    OpenOptions { format: Some(Format::Qcow2), table_cache: 1 << 20, ..OpenOptions::default() }
+}
 
 #[test]
 fn what_is_no_image() {
@@ -59,7 +51,7 @@ fn what_is_no_image() {
     assert!(matches!(denied.0, OpenError::Permission { writing: true, .. }), "{}", denied.1);
     assert!(denied.1.contains("readonly=on"), "{}", denied.1);
     let text = scratch.write("text", &[b'x'; 4096]);
-    assert!(matches!(refused(&text, &QCOW2).0, OpenError::NotQcow2 { .. }));
+    assert!(matches!(refused(&text, &qcow2()).0, OpenError::NotQcow2 { .. }));
     let vmdk = scratch.write("vmdk", b"KDMV, and so on");
     let e = refused(&vmdk, &any);
     assert!(matches!(e.0, OpenError::Unsupported { .. }) && e.1.contains("vmdk"), "{}", e.1);
@@ -73,12 +65,12 @@ fn truncated_images() {
     let whole = fs::read(&image).expect("read");
     for len in [0, 1, 3, 4, 8, 71, 72, 103, 104, 111, 112, 4095, 4096, 8191, 8192, 12288, 16384] {
         let cut = scratch.write("cut.qcow2", &whole[..len]);
-        let e = refused(&cut, &QCOW2);
+        let e = refused(&cut, &qcow2());
         assert!(matches!(e.0, OpenError::Truncated { .. } | OpenError::NotQcow2 { .. }), "{len}: {}", e.1);
     }
     // Where only data is missing it opens; the data is not there, and nothing else is shown.
     let cut = scratch.write("cut.qcow2", &whole[..whole.len() - 4096]);
-    let disk = Disk::open(&cut, &QCOW2).expect("opened");
+    let disk = Disk::open(&cut, &qcow2()).expect("opened");
     let got = peer::read(&disk, 0, 65536).expect("read");
     assert!(got.iter().all(|b| *b <= 1) && got[0] == 1);
 }
@@ -94,7 +86,7 @@ fn features_that_are_not_supported() {
     ];
     let encrypted = scratch.path("encrypted.qcow2");
     run("qemu-img", &[&["create", "-q", "-f", "qcow2"], &secret[..], &[str(&encrypted), "1M"]].concat());
-    for options in [QCOW2, OpenOptions { read_only: true, ..QCOW2 }] {
+    for options in [qcow2(), OpenOptions { read_only: true, ..qcow2() }] {
         let e = refused(&encrypted, &options);
         assert!(matches!(e.0, OpenError::Unsupported { .. }) && e.1.contains("encryption"), "{}", e.1);
     }
@@ -105,11 +97,11 @@ fn features_that_are_not_supported() {
     let at = bytes.windows(name.len()).position(|w| w == name).expect("QEMU writes a feature name table");
     patch(&image, at - 1, b"\x0afrobnicate\0");
     patch(&image, 72, &(1u64 << 10 | 1 << 11).to_be_bytes());
-    let e = refused(&image, &QCOW2);
+    let e = refused(&image, &qcow2());
     let OpenError::UnknownFeatures { names, .. } = e.0 else { panic!("{}", e.1) };
     assert_eq!(names, ["frobnicate", "incompatible feature bit 11"]);
     patch(&image, 4, &4u32.to_be_bytes());
-    assert!(refused(&image, &QCOW2).1.contains("qcow version 4"));
+    assert!(refused(&image, &qcow2()).1.contains("qcow version 4"));
 }
 
 #[test]
@@ -117,7 +109,7 @@ fn an_image_marked_corrupt_can_only_be_read() {
     let scratch = Scratch::new();
     let image = new_image(&scratch, "corrupt.qcow2", "cluster_size=64k");
     patch(&image, 72, &2u64.to_be_bytes());
-    let e = refused(&image, &QCOW2);
+    let e = refused(&image, &qcow2());
     assert!(matches!(e.0, OpenError::MarkedCorrupt { .. }) && e.1.contains("qemu-img check -r"), "{}", e.1);
     drop(Disk::open(&image, &OpenOptions::read_only()).expect("opened"));
 }
@@ -130,7 +122,7 @@ fn metadata_is_never_overwritten() {
     let l1 = u64::from_be_bytes(fs::read(&image).expect("read")[40..48].try_into().expect("8 bytes"));
     patch(&image, 2 * 65536 + 2 * (l1 / 65536) as usize, &[0, 0]);
     let before = fs::read(&image).expect("read");
-    let disk = Disk::open(&image, &QCOW2).expect("opened");
+    let disk = Disk::open(&image, &qcow2()).expect("opened");
     let e = peer::write(&disk, 0, &[1; 512]).expect_err("it would overwrite the L1 table");
     assert!(matches!(e, IoError::Corrupt(_)), "{e}");
     assert!(matches!(peer::write(&disk, 0, &[1; 512]), Err(IoError::Corrupt(_))));
@@ -139,7 +131,7 @@ fn metadata_is_never_overwritten() {
     let after = fs::read(&image).expect("read");
     assert_eq!(after[79], 2, "marked corrupt");
     assert!(before[80..] == after[80..before.len()], "nothing else was written");
-    assert!(matches!(refused(&image, &QCOW2).0, OpenError::MarkedCorrupt { .. }));
+    assert!(matches!(refused(&image, &qcow2()).0, OpenError::MarkedCorrupt { .. }));
 }
 
 #[test]
@@ -156,10 +148,10 @@ fn backing_files_that_may_not_be_opened() {
         image
     };
     let image = overlay("outside.qcow2", &secret, Format::Raw);
-    let e = refused(&image, &QCOW2);
+    let e = refused(&image, &qcow2());
     assert!(matches!(e.0, OpenError::BackingRefused { .. }) && e.1.contains("secret.raw"), "{}", e.1);
     let parent = secret.parent().expect("a directory").to_owned();
-    let allowed = OpenOptions { backing: BackingPolicy::Allow(vec![parent]), ..QCOW2 };
+    let allowed = OpenOptions { backing: BackingPolicy::Allow(vec![parent]), ..qcow2() };
     let disk = Disk::open(&image, &allowed).expect("allowed");
     assert_eq!(peer::read(&disk, 0, 4096).expect("read"), [7; 4096]);
     drop(disk);
@@ -173,7 +165,7 @@ fn backing_files_that_may_not_be_opened() {
     let b = overlay("b.qcow2", &a, Format::Qcow2);
     overlay("c.qcow2", &b, Format::Qcow2);
     fs::rename(scratch.path("c.qcow2"), &a).expect("renamed");
-    let e = refused(&a, &QCOW2);
+    let e = refused(&a, &qcow2());
     assert!(matches!(e.0, OpenError::BackingCycle { .. }), "{}", e.1);
 
     let mut below = overlay("0.qcow2", &base, Format::Raw);
@@ -188,10 +180,10 @@ fn backing_files_that_may_not_be_opened() {
         run_create(&image, &name);
         below = image;
     }
-    let deep = Disk::open(last.expect("there"), &QCOW2).expect("200 are allowed");
+    let deep = Disk::open(last.expect("there"), &qcow2()).expect("200 are allowed");
     assert_eq!(peer::read(&deep, 0, 4096).expect("read"), [1; 4096]);
     drop(deep);
-    assert!(matches!(refused(&below, &QCOW2).0, OpenError::BackingTooDeep { .. }));
+    assert!(matches!(refused(&below, &qcow2()).0, OpenError::BackingTooDeep { .. }));
 }
 
 /// An overlay written without looking at what is below it.
@@ -231,7 +223,7 @@ fn an_l1_entry_that_claims_to_own_no_table_gets_one() {
     let bytes = fs::read(&image).expect("read");
     let l1 = u64::from_be_bytes(bytes[40..48].try_into().expect("8 bytes")) as usize;
     patch(&image, l1, &(1_u64 << 63).to_be_bytes());
-    let disk = Disk::open(&image, &QCOW2).expect("opened");
+    let disk = Disk::open(&image, &qcow2()).expect("opened");
     assert_eq!(peer::read(&disk, 0, 512).expect("read"), [0; 512]);
     peer::write(&disk, 1000, &[7; 5000]).expect("written");
     assert_eq!(peer::read(&disk, 1000, 5000).expect("read"), [7; 5000]);

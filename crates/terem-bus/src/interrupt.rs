@@ -152,6 +152,9 @@ pub trait ApicBus: Send + Sync {
 
     /// Raises NMI on LINT1 of every local APIC.
     fn pulse_nmi(&self);
+
+    /// Raises SMI on every processor: firmware has written the chipset's port for it.
+    fn pulse_smi(&self);
 }
 
 /// Who answers interrupt acknowledge cycles: the PIC pair.

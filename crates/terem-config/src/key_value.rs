@@ -34,7 +34,9 @@ type Field = (String, Vec<Option<String>>);
 fn split<T: KeyValue>(text: &str) -> Result<Vec<Field>, ConfigError> {
     let mut fields: Vec<Field> = Vec::new();
     for (index, word) in split_words(text).into_iter().enumerate() {
-        let (key, value) = match (word.split_once('='), T::SIGNED_KEY) {
+        // An address may have a `=` in its query: `nbd+unix:///?socket=PATH`.
+        let pair = word.split_once('=').filter(|(key, _)| !key.contains("://"));
+        let (key, value) = match (pair, T::SIGNED_KEY) {
             (_, Some(key)) if word.starts_with(['+', '-']) => (key.to_string(), Some(word)),
             (Some((key, value)), _) => (key.to_string(), Some(value.to_string())),
             (None, _) if index == 0 => (T::MAIN_KEY.to_string(), Some(word)),
@@ -304,6 +306,8 @@ mod tests {
         assert_eq!((disk.path.to_str(), disk.readonly), (Some("a,b.img"), true));
         // A first word with `=` is a key: a path with `=` in it is written with its key.
         assert!(from_key_values::<DiskConfig>("a=c.img").is_err());
+        let nbd: DiskConfig = from_key_values("nbd+unix:///a?socket=/run/b,readonly").unwrap();
+        assert_eq!((nbd.path.to_str(), nbd.readonly), (Some("nbd+unix:///a?socket=/run/b"), true));
     }
 
     #[test]

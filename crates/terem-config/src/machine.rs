@@ -133,8 +133,9 @@ impl MachineConfig {
         });
         let traces = self.traces.iter_mut().filter_map(|trace| trace.file.as_mut());
         for path in files.chain(images).chain(gdb).chain(traces) {
-            // An empty path stays empty, so that it is told as such and not as a directory.
-            if path.is_relative() && !path.as_os_str().is_empty() {
+            // An empty path stays empty, so that it is told as such and not as a directory; an address (nbd://…) is no path.
+            let address = path.to_str().is_some_and(|text| text.contains("://"));
+            if !address && path.is_relative() && !path.as_os_str().is_empty() {
                 *path = base.join(&*path);
             }
         }

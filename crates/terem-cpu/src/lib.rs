@@ -22,7 +22,7 @@ pub use cpuid::{Cpuid, CpuidEntry, Topology};
 pub use debug::{DebugControl, DebugEvent, WatchKind, Watchpoint};
 pub use features::{FEATURES, Feature, FeatureSet, Register, feature};
 pub use model::{CpuModel, ModelError, models};
-pub use state::{ApicState, DescriptorTable, MpState, Msrs, Segment, VcpuState, rflags};
+pub use state::{ApicState, DescriptorTable, MpState, Msrs, Segment, SmmState, VcpuState, rflags};
 pub use trace::{
     Exit, InstructionBytes, Interruption, InterruptionKind, Trace, TraceEvent, TraceKind, TraceSink,
 };

@@ -181,6 +181,29 @@ pub enum MpState {
     WaitForStartUp,
 }
 
+/// System management mode (Intel SDM vol. 3, chapter 31). Absent in states saved before it was kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SmmState {
+    /// The processor is in it.
+    pub active: bool,
+    /// It came there from an NMI's handler: NMIs stay held back after `rsm`.
+    pub inside_nmi: bool,
+    /// An SMI waits.
+    pub pending: bool,
+    /// An INIT waits for the end of the mode.
+    pub init_pending: bool,
+    /// SMBASE: the handler is at 8000h from there.
+    pub base: u32,
+}
+
+impl Default for SmmState {
+    /// After power-on.
+    fn default() -> Self {
+        Self { active: false, inside_nmi: false, pending: false, init_pending: false, base: 0x3_0000 }
+    }
+}
+
 /// A local APIC's registers (Intel SDM vol. 3, chapter "APIC").
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -246,6 +269,9 @@ pub struct VcpuState {
     pub nmi_masked: bool,
     /// An NMI waits.
     pub nmi_pending: bool,
+    /// System management mode.
+    #[serde(default)]
+    pub smm: SmmState,
 }
 
 /// Index into [`VcpuState::segments`].
@@ -304,6 +330,7 @@ impl VcpuState {
             interrupt_shadow: false,
             nmi_masked: false,
             nmi_pending: false,
+            smm: SmmState::default(),
         }
     }
 }

@@ -79,7 +79,11 @@ fn overlay(config: &DiskConfig) -> Result<Arc<Disk>, DiskError> {
     let path = || config.path.clone();
     let open = |source| DiskError::Open { path: path(), source };
     let host = |source| DiskError::Overlay { path: path(), source };
-    let base = std::fs::canonicalize(&config.path).map_err(host)?;
+    let base = if terem_block::is_address(&config.path) {
+        config.path.clone()
+    } else {
+        std::fs::canonicalize(&config.path).map_err(host)?
+    };
     let below = OpenOptions { read_only: true, ..options(config) };
     // Opened once to learn the format by the same rules as always.
     let format = match below.format {

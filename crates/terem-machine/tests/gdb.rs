@@ -13,7 +13,9 @@ use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use terem_config::{ByteSize, CpusConfig, GdbAddress, GdbConfig, MachineConfig, NetConfig, NetKind};
+use terem_config::{
+    ByteSize, CpuConfig, CpusConfig, GdbAddress, GdbConfig, MachineConfig, NetConfig, NetKind,
+};
 use terem_machine::plan::{HostInventory, Plan};
 use terem_machine::{Lent, Machine, MachineHandle, Outcome, Phase};
 
@@ -45,6 +47,31 @@ off:    mov dx, 0x604
         out dx, ax
         jmp $
 ";
+/// The same image with code that uses AVX, where there is one: it puts the lower half of YMM3 into the upper one of YMM2
+/// and the upper half into XMM1, which goes to 300040h.
+const AVX_SOURCE: &str = "
+bits 32
+org 0x200000
+header: dd 0x1badb002, 0x10000, -(0x1badb002 + 0x10000), header, 0x200000, 0, 0, main
+times 0x1000-($-$$) db 0x90
+main:   mov eax, cr4
+        or eax, 1 << 9 | 1 << 10 | 1 << 18
+        mov cr4, eax
+        xor ecx, ecx
+        xor edx, edx
+        mov eax, 7
+        xsetbv
+        vxorps ymm3, ymm3, ymm3
+        nop                             ; 20101bh
+        vinsertf128 ymm2, ymm3, xmm3, 1
+        vextractf128 xmm1, ymm3, 1
+        vmovups [0x300040], xmm1
+        nop                             ; 201030h
+off:    mov dx, 0x604
+        mov ax, 7 << 10 | 1 << 13
+        out dx, ax
+        jmp $
+";
 const MAIN: u64 = 0x20_1000;
 const LOOP: u64 = 0x20_100a;
 const STORE: u64 = 0x20_100f;
@@ -59,9 +86,13 @@ struct Guest {
 
 impl Guest {
     fn start(wait: bool, cpus: u32) -> Option<Self> {
+        Self::of(SOURCE, "default", cpus, wait)
+    }
+
+    fn of(program: &str, model: &str, cpus: u32, wait: bool) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let (source, kernel) = (dir.path().join("guest.asm"), dir.path().join("guest"));
-        std::fs::write(&source, SOURCE).unwrap();
+        std::fs::write(&source, program).unwrap();
         let Ok(out) = Command::new("nasm").args(["-f", "bin", "-o"]).arg(&kernel).arg(&source).output()
         else {
             eprintln!("no nasm here: not tested");
@@ -74,6 +105,7 @@ impl Guest {
             kernel: Some(kernel),
             memory: ByteSize::mib(16),
             cpus: CpusConfig::new(cpus),
+            cpu: CpuConfig { model: model.into(), ..CpuConfig::default() },
             nets: vec![NetConfig { kind: Some(NetKind::None), ..NetConfig::default() }],
             gdb: Some(GdbConfig { listen: GdbAddress::Unix(socket.clone()), wait }),
             ..MachineConfig::default()
@@ -216,6 +248,35 @@ fn gdb_breaks_steps_watches_and_changes() {
         rest = &rest[at + line.len()..];
     }
     assert!(text.contains("0x300030: cd ab 34 12"), "what monitor says:\n{text}");
+    assert_eq!(guest.end(), Outcome::PoweredOff);
+}
+
+#[test]
+fn gdb_sees_and_changes_whole_ymm_registers() {
+    if !is_x86_feature_detected!("avx2") {
+        eprintln!("no AVX here: not tested");
+        return;
+    }
+    let Some(guest) = Guest::of(AVX_SOURCE, "max", 1, true) else { return };
+    let Some(text) = guest.gdb(&[
+        "break *0x20101b",
+        "break *0x201030",
+        "continue",
+        "set var $ymm3.v4_int64[0] = 0x1111",
+        "set var $ymm3.v4_int64[2] = 0x1122334455667788",
+        "set var $ymm3.v4_int64[3] = 0x99",
+        "set var $mxcsr = 0x1fa0",
+        "printf \"1: %lx %lx\\n\", $ymm3.v4_int64[3], $xmm3.v2_int64[0]",
+        "continue",
+        "printf \"2: %lx %lx\\n\", $ymm2.v4_int64[0], $ymm2.v4_int64[2]",
+        "printf \"3: %lx %lx %x\\n\", {long}0x300040, {long}0x300048, $mxcsr",
+        "continue",
+    ]) else {
+        return;
+    };
+    for line in ["1: 99 1111", "2: 1111 1111", "3: 1122334455667788 99 1fa0"] {
+        assert!(text.contains(line), "no {line:?} in:\n{text}");
+    }
     assert_eq!(guest.end(), Outcome::PoweredOff);
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use terem_bus::{ApicBus, Bus, MsiSink};
 use terem_cpu::{
-    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, Stop, Topology, Trace, Vcpu,
-    VcpuState,
+    Accelerator, Counters, CpuError, CpuModel, Cpuid, DebugControl, MpState, SmmState, Stop, Topology, Trace,
+    Vcpu, VcpuState,
 };
 use terem_memory::GuestMemory;
 
@@ -13,6 +13,7 @@ use crate::apic::ApicSystem;
 use crate::block::BlockCache;
 use crate::cpu::{Cpu, Ymm};
 use crate::decode::InstructionSet;
+use crate::low::{Low, Room};
 use crate::mmu::Tlb;
 use crate::stats::Stats;
 use crate::translate::Native;
@@ -80,7 +81,7 @@ impl SoftAccelerator {
         Ok(Self { config, bus, memory, apics, instruction_set, stats })
     }
 
-    pub(crate) fn make(&self, id: u32) -> Result<Box<Cpu>, CpuError> {
+    pub(crate) fn make(&self, id: u32) -> Result<Low<Cpu>, CpuError> {
         let apic =
             self.apics.apic(id as usize).ok_or_else(|| CpuError::State(format!("there is no vCPU {id}")))?;
         let stats: Arc<Stats> = self.stats.get(id as usize).map(Arc::clone).unwrap_or_default();
@@ -88,11 +89,12 @@ impl SoftAccelerator {
         let cpuid = Cpuid::new(c.model.clone(), c.topology, id, TSC_KHZ, c.phys_bits);
         let fresh = VcpuState::power_on(cpuid.apic_id(), id == 0);
         let (vcpus, avx) = (self.apics.count(), c.model.features.has("avx"));
-        let native = Native::new(apic.words(), self.config.translate, vcpus, avx);
+        let room = Room::new().map_err(|e| CpuError::Host { action: "take memory for a vCPU", source: e })?;
+        let native = Native::new(apic.words(), self.config.translate, vcpus, avx, room.low());
         if let Some(translator) = &native.translator {
             stats.code_capacity.set(translator.code_capacity());
         }
-        let mut cpu = Box::new(Cpu {
+        let mut cpu = room.put(Cpu {
             gpr: [0; 18],
             rip: 0,
             ah: 0,
@@ -133,7 +135,9 @@ impl SoftAccelerator {
             steps_over: false,
             deferred: None,
             nmi_masked: false,
+            smm: fresh.smm,
             halted: false,
+            monitored: None,
             waiting_for_start_up: false,
             shut_down: false,
             id,
@@ -161,7 +165,7 @@ impl Accelerator for SoftAccelerator {
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CpuError> {
-        Ok(self.make(id)?)
+        Ok(Box::new(self.make(id)?))
     }
 
     fn apic_bus(&self) -> Arc<dyn ApicBus> {
@@ -199,9 +203,13 @@ impl Cpu {
         self.interrupt_shadow = s.interrupt_shadow;
         self.shadow_of_stack = false;
         self.deferred = None;
+        self.monitored = None;
         self.nmi_masked = s.nmi_masked;
+        self.smm = s.smm;
         self.shut_down = false;
-        self.apic.restore(&s.apic, s.nmi_pending, &self.bus, self.tsc_offset).map_err(CpuError::State)?;
+        self.apic
+            .restore(&s.apic, s.nmi_pending, s.smm, &self.bus, self.tsc_offset)
+            .map_err(CpuError::State)?;
         self.blocks.clear();
         Ok(())
     }
@@ -240,7 +248,6 @@ impl Cpu {
 
 impl Vcpu for Cpu {
     fn run(&mut self) -> Stop {
-        self.take_thread();
         let stop = Cpu::run(self);
         self.take_mxcsr();
         tracing::debug!(vcpu = self.id, ?stop, stats = ?self.stats, "vCPU stopped");
@@ -255,6 +262,7 @@ impl Vcpu for Cpu {
     }
 
     fn save(&self) -> VcpuState {
+        let (smi, init) = self.apic.smi_and_init_pending();
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.gpr[..16]);
         VcpuState {
@@ -280,6 +288,7 @@ impl Vcpu for Cpu {
             interrupt_shadow: self.interrupt_shadow,
             nmi_masked: self.nmi_masked,
             nmi_pending: self.apic.nmi_pending(),
+            smm: SmmState { pending: smi, init_pending: init, ..self.smm },
         }
     }
 

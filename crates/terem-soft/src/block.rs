@@ -20,8 +20,8 @@ const BLOCK_OPS: usize = 48;
 const BLOCK_BYTES: usize = 256;
 /// The longest instruction.
 const MAX_LEN: usize = 15;
-/// Decoded instructions kept by one vCPU (about 4 MiB); more, and all blocks that are not translated are dropped.
-const MAX_OPS: usize = 100_000;
+/// Decoded instructions kept by one vCPU (about 7 MiB); more, and those of blocks that have run least are dropped.
+const MAX_OPS: usize = 140_000;
 /// Entries of the table by linear address.
 const LINEAR_ENTRIES: usize = 16384;
 
@@ -51,6 +51,11 @@ impl Block {
 
     fn is_translated(&self) -> bool {
         self.code.iter().any(|c| !matches!(c.get(), 0 | u64::MAX))
+    }
+
+    /// The physical page that it begins on, and the mark under which its code is valid.
+    pub(crate) fn page(&self) -> (u64, u32) {
+        self.pages[0]
     }
 
     /// Whether it goes on to another page.
@@ -130,11 +135,19 @@ impl BlockCache {
         self.ops -= block.ops.take().len();
     }
 
-    /// Drops all blocks that have not been translated.
+    /// Makes room: drops blocks that have run least. Most code of a boot runs once or twice; what has run more often stays,
+    /// and goes on counting.
     fn make_room(&mut self) {
         self.by_linear.fill(NO_BLOCK);
-        self.by_physical.retain(|_, block| block.is_translated());
-        self.ops = self.by_physical.values().map(|b| b.ops().len()).sum();
+        let mut least = 2;
+        loop {
+            self.by_physical.retain(|_, block| block.is_translated() || block.runs.get() >= least);
+            self.ops = self.by_physical.values().map(|b| b.ops().len()).sum();
+            if self.ops <= MAX_OPS / 2 {
+                break;
+            }
+            least *= 2;
+        }
     }
 
     /// Forgets at which linear addresses blocks are.
@@ -366,8 +379,7 @@ impl Cpu {
         let word = marks.mark_code(page);
         if before & terem_memory::CODE == 0 {
             crate::membarrier::all_threads();
-            // Several stores are done at once only to pages that held no code when they were remembered.
-            self.tlb.new_data_epochs();
+            self.tlb.holds_code(self.window + (page << 12));
         }
         word
     }

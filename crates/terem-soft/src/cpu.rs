@@ -166,7 +166,11 @@ pub struct Cpu {
     /// An exception to be raised before the next instruction, in the context that the last one went to.
     pub(crate) deferred: Option<crate::fault::Fault>,
     pub(crate) nmi_masked: bool,
+    /// System management mode; what waits is the APIC's.
+    pub(crate) smm: terem_cpu::SmmState,
     pub(crate) halted: bool,
+    /// The line that `mwait` is to wait for.
+    pub(crate) monitored: Option<crate::system::Monitored>,
     pub(crate) waiting_for_start_up: bool,
     /// The vCPU shut down (triple fault).
     pub(crate) shut_down: bool,

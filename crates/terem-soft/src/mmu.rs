@@ -10,7 +10,9 @@ use crate::fault::{Exec, Fault, vector};
 mod tlb;
 
 use tlb::Permitted;
-pub(crate) use tlb::{ENTRIES, Entry, KERNEL, MIX, NO_PAGE, PAGE_MASK, Remembered, Tlb, USER};
+pub(crate) use tlb::{
+    Entry, KERNEL, MIX, NOWHERE, PAGE_MASK, PAIRS, PLACES, Pair, Place, QUICK, Quick, Remembered, Tlb, USER,
+};
 
 /// What an access does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,9 +107,8 @@ impl Cpu {
         };
         self.tlb.set = set;
         let strict = set == USER && self.cr0 & cr0::AM != 0 && self.system_flags & rflags::AC != 0;
-        if strict != self.tlb.strict {
-            self.tlb.strict = strict;
-            self.tlb.use_generations();
+        if strict != self.tlb.strict() {
+            self.tlb.set_strict(strict);
         }
         self.refresh_jump_key();
     }
@@ -146,7 +147,7 @@ impl Cpu {
         let supervisor = set != USER;
         // Supervisor data accesses to user pages are not for the set under SMAP, and fetches from them not
         // for either under SMEP.
-        let data = if supervisor { !(set == KERNEL && m.user) } else { m.user && !self.tlb.strict }
+        let data = if supervisor { !(set == KERNEL && m.user) } else { m.user && !self.tlb.strict() }
             && !m.kept.denies(Access::Read)
             && !self.watches.data_on(linear);
         let page = Permitted {
@@ -416,8 +417,7 @@ impl Cpu {
     /// INVLPG, or INVPCID of one address: the page of `linear` in all contexts.
     pub(crate) fn invalidate_page(&mut self, linear: u64) {
         self.stats.tlb_page_flushes.add(1);
-        let pcid = self.pcid();
-        if !self.tlb.invalidate(linear, pcid) {
+        if !self.tlb.invalidate(linear) {
             self.flush_tlb();
         }
         self.refresh_jump_key();
@@ -489,7 +489,13 @@ impl Cpu {
     fn mmio_store(&mut self, at: u64, size: u8, value: u64) {
         self.stats.mmio_accesses.add(1);
         match self.apic.mmio_offset(at) {
-            Some(offset) => self.apic.write(&self.bus, offset, value as u32),
+            Some(offset) => {
+                self.apic.write(&self.bus, offset, value as u32);
+                if self.apic.wants_attention() {
+                    // An interrupt to itself comes before the next instruction.
+                    self.op_end = std::ptr::null();
+                }
+            }
             None => self.bus.mmio.write(at, size, value),
         }
         self.trace_exit(|| Exit { port: false, address: at, size, write: true, value });

@@ -126,7 +126,12 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub(crate) fn faulted(&mut self, fault: Fault, op: &Op) -> Result<(), Shutdown> {
-        let (own, next) = (self.wrap_rip(self.op_rip(op)), self.wrap_rip(self.next_rip(op)));
+        self.faulted_at(fault, self.wrap_rip(self.op_rip(op)), self.wrap_rip(self.next_rip(op)))
+    }
+
+    /// The same for the instruction at `own`; the next one is at `next`.
+    #[cold]
+    pub(crate) fn faulted_at(&mut self, fault: Fault, own: u64, next: u64) -> Result<(), Shutdown> {
         self.rip = own;
         if fault.kind == Kind::Fault {
             self.discard_hits();
@@ -169,6 +174,8 @@ impl Cpu {
             let accepts = Accepts {
                 interrupts: self.system_flags & rflags::IF != 0 && !held,
                 nmi: !self.nmi_masked && !held,
+                smi: !self.smm.active && !held,
+                init: !self.smm.active,
                 waiting_for_start_up: self.waiting_for_start_up,
             };
             let taken = match self.apic.next(accepts) {
@@ -180,6 +187,10 @@ impl Cpu {
                 Next::StartUp(page) => {
                     self.start_up(page);
                     continue;
+                }
+                Next::Smi => {
+                    self.enter_smm();
+                    Ok(())
                 }
                 Next::Nmi => {
                     self.nmi_masked = true;

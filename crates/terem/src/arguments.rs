@@ -71,7 +71,6 @@ pub enum Command {
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Disk images.
-    #[command(subcommand)]
     Disk(DiskArguments),
     /// Disk images, with qemu-img's own commands and options.
     #[command(name = "qemu-img", disable_help_flag = true)]

@@ -70,7 +70,9 @@ impl Both {
     fn write(&self, name: &str, commands: &[&str]) {
         for side in &self.0 {
             let mut io = Command::new("qemu-io");
-            commands.iter().for_each(|command| drop(io.args(["-c", command])));
+            for command in commands {
+                io.args(["-c", command]);
+            }
             assert!(io.arg(side.path(name)).output().unwrap().status.success());
         }
     }

@@ -19,9 +19,9 @@ use std::thread;
 
 pub use stream::{export, import};
 
+use crate::create::{create_as, other_files};
 use crate::{
     AioEngine, BackingPolicy, BlockBackend, Cache, CreateOptions, Disk, IoError, OpenError, OpenOptions,
-    create,
 };
 use copy::copy;
 
@@ -83,6 +83,13 @@ pub fn convert(
     let threads = options.threads.unwrap_or_else(default_threads).clamp(1, 64);
     let open = OpenOptions { read_only: true, ..source_options.clone() };
     let from = Disk::open(source, &open)?;
+    if crate::nbd::is_address(target) && !options.existing {
+        // An export is there already: it is emptied, then filled.
+        crate::create(target, &CreateOptions { size: Some(from.size()), ..target_options.clone() })?;
+        drop(from);
+        let options = ConvertOptions { existing: true, target_is_zero: true, ..options.clone() };
+        return convert(source, source_options, target, target_options, &options, progress);
+    }
     if options.existing {
         let open = target_open(target_options, options);
         let to = Disk::open(target, &open)?;
@@ -156,18 +163,22 @@ pub(crate) fn into_new(
     if exists && !target_options.overwrite {
         return Err(OpenError::Exists { path: target.to_owned() });
     }
-    let place =
-        if options.replace && regular { Unfinished::beside(target) } else { Unfinished::itself(target) };
+    // Files that name each other cannot get their names later.
+    let others = other_files(target, &create_options);
+    let beside = options.replace && regular && others.is_empty();
+    let place = if beside { Unfinished::beside(target) } else { Unfinished::itself(target, &others) };
     if exists && place.path != target {
         // In use is in use, although only its name would go.
         drop(crate::chain::ImageFile::open(target, true, true, &mut Vec::new())?);
     }
-    create(&place.path, &create_options)?;
+    create_as(&place.path, target, &create_options)?;
     let to = Disk::open(&place.path, &target_open(&create_options, options))?;
     write(&place.path, to)?;
     if options.durable {
-        let synced = fs::File::open(&place.path).and_then(|file| file.sync_all());
-        synced.map_err(|e| OpenError::io(target, "making the copy durable", e))?;
+        for path in others.iter().chain([&place.path]) {
+            let synced = fs::File::open(path).and_then(|file| file.sync_all());
+            synced.map_err(|e| OpenError::io(path, "making the copy durable", e))?;
+        }
     }
     place.finish(target)
 }
@@ -176,6 +187,8 @@ pub(crate) fn into_new(
 struct Unfinished {
     path: PathBuf,
     remove: bool,
+    /// Further files that go with it.
+    others: Vec<PathBuf>,
 }
 
 impl Unfinished {
@@ -183,11 +196,12 @@ impl Unfinished {
     fn beside(target: &Path) -> Self {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         let path = target.with_file_name(format!(".{name}.{}.part", std::process::id()));
-        Self { path, remove: true }
+        Self { path, remove: true, others: Vec::new() }
     }
 
-    fn itself(target: &Path) -> Self {
-        Self { path: target.to_owned(), remove: !target.exists() }
+    fn itself(target: &Path, others: &[PathBuf]) -> Self {
+        let others = others.iter().filter(|path| !path.exists()).cloned().collect();
+        Self { path: target.to_owned(), remove: !target.exists(), others }
     }
 
     fn finish(mut self, target: &Path) -> Result<(), OpenError> {
@@ -195,6 +209,7 @@ impl Unfinished {
             fs::rename(&self.path, target).map_err(|e| OpenError::io(target, "naming the copy", e))?;
         }
         self.remove = false;
+        self.others.clear();
         Ok(())
     }
 }
@@ -203,6 +218,9 @@ impl Drop for Unfinished {
     fn drop(&mut self) {
         if self.remove {
             let _ = fs::remove_file(&self.path);
+        }
+        for path in &self.others {
+            let _ = fs::remove_file(path);
         }
     }
 }

@@ -61,7 +61,7 @@ impl Target {
         let (plain, cluster, places, packer, backed) = facts;
         let options = copying.options;
         let how = match (packer, plain) {
-            (Some(packer), _) if options.compress => How::Compress(packer),
+            (Some(packer), _) if options.compress || packer.always => How::Compress(packer),
             _ if options.compress => {
                 return Err(OpenError::Unsupported {
                     path: copying.target.to_owned(),

@@ -11,6 +11,8 @@
 //!   └──── waker ───────┴───────── result <────────────┘   reaped by wait(), on the same thread as the tasks
 //! ```
 
+mod now;
+mod sockets;
 mod threads;
 mod uring;
 mod vectors;
@@ -25,6 +27,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
+pub(crate) use now::Now;
+pub(crate) use sockets::send_now;
 pub(crate) use vectors::{Vectors, View};
 
 use crate::{AioEngine, OpenError};
@@ -86,6 +90,18 @@ pub(crate) enum Action {
     Sync,
     /// `fallocate` with these mode bits.
     Allocate { mode: i32, offset: u64, length: u64 },
+    /// Takes what a stream socket has, and waits until it has something; the result is the number of bytes, 0 at the
+    /// peer's end. The socket is in blocking mode.
+    Receive { memory: Vectors },
+    /// Gives a stream socket what it has room for, and waits until it has some; the result is the number of bytes.
+    Send { memory: Vectors },
+}
+
+impl Action {
+    /// Whether it waits for a peer, for as long as that likes.
+    fn is_socket(&self) -> bool {
+        matches!(self, Self::Receive { .. } | Self::Send { .. })
+    }
 }
 
 /// An operation with all that it needs to stay alive.
@@ -98,7 +114,7 @@ pub(crate) struct Job {
 #[derive(Debug)]
 enum Slot {
     Free,
-    /// With the kernel or a worker. The job is here unless a worker has it.
+    /// With the kernel or a worker. The job is here unless a worker (or the list of sockets) has it.
     Flying {
         job: Option<Box<Job>>,
         waker: Option<Waker>,
@@ -113,12 +129,21 @@ enum Slot {
 /// An I/O engine. It belongs to one thread: futures of [`Self::run`] make progress in [`Self::wait`].
 pub(crate) struct Engine {
     slots: RefCell<Vec<Slot>>,
+    /// Free slots.
+    free: RefCell<Vec<usize>>,
     ring: Option<RefCell<uring::Ring>>,
     pool: RefCell<threads::Pool>,
+    /// Sockets, without a ring.
+    sockets: RefCell<sockets::Sockets>,
     bell: Arc<Bell>,
     /// Told whenever the bell rang.
     on_bell: RefCell<Option<Waker>>,
+    /// Tasks for the executor that runs over this engine.
+    spawned: RefCell<Vec<Spawned>>,
 }
+
+/// A task of its own.
+pub(crate) type Spawned = Pin<Box<dyn Future<Output = ()>>>;
 
 impl Engine {
     /// An engine of the given kind.
@@ -143,8 +168,16 @@ impl Engine {
         let threads =
             if ring.is_some() { processors.min(threads::MAX_THREADS) } else { threads::MAX_THREADS };
         let pool = RefCell::new(threads::Pool::new(Arc::clone(&bell), threads));
-        let slots = RefCell::default();
-        Ok(Rc::new(Self { slots, ring: ring.map(RefCell::new), pool, bell, on_bell: RefCell::default() }))
+        Ok(Rc::new(Self {
+            slots: RefCell::default(),
+            free: RefCell::default(),
+            ring: ring.map(RefCell::new),
+            pool,
+            sockets: RefCell::default(),
+            bell,
+            on_bell: RefCell::default(),
+            spawned: RefCell::default(),
+        }))
     }
 
     /// What ends [`Self::wait`] from elsewhere.
@@ -155,6 +188,22 @@ impl Engine {
     /// The engine's name.
     pub(crate) fn kind(&self) -> AioEngine {
         if self.ring.is_some() { AioEngine::IoUring } else { AioEngine::Threads }
+    }
+
+    /// Starts a task of its own, for an image that has work besides its requests. It runs while the executor over this
+    /// engine runs, and is dropped with that.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.spawned.borrow_mut().push(Box::pin(task));
+    }
+
+    /// The tasks started since the last call.
+    pub(crate) fn take_spawned(&self) -> Vec<Spawned> {
+        std::mem::take(&mut *self.spawned.borrow_mut())
+    }
+
+    /// Whether [`Self::take_spawned`] would give something.
+    pub(crate) fn has_spawned(&self) -> bool {
+        !self.spawned.borrow().is_empty()
     }
 
     /// Has `waker` woken the next time the bell rings.
@@ -169,6 +218,9 @@ impl Engine {
         let job = if let Some(ring) = &self.ring {
             ring.borrow_mut().start(index, &job);
             Some(job)
+        } else if job.action.is_socket() {
+            self.sockets.borrow_mut().start(index, job);
+            None
         } else {
             self.pool.borrow_mut().start(index, threads::Work::Io(job));
             None
@@ -188,7 +240,7 @@ impl Engine {
 
     fn free_slot(&self) -> (RefMut<'_, Vec<Slot>>, usize) {
         let mut slots = self.slots.borrow_mut();
-        let index = slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or_else(|| {
+        let index = self.free.borrow_mut().pop().unwrap_or_else(|| {
             slots.push(Slot::Free);
             slots.len() - 1
         });
@@ -202,15 +254,8 @@ impl Engine {
         let block = block && self.bell.fall_asleep();
         let readable = if let Some(ring) = &self.ring {
             ring.borrow_mut().wait(block, &mut done)
-        } else if block {
-            let mut fds = [rustix::event::PollFd::new(&self.bell.fd, rustix::event::PollFlags::IN)];
-            match rustix::event::poll(&mut fds, None) {
-                Ok(_) => Ok(true),
-                Err(rustix::io::Errno::INTR) => Ok(false),
-                Err(error) => Err(error.into()),
-            }
         } else {
-            Ok(false)
+            self.sockets.borrow_mut().wait(&self.bell.fd, block, &mut done)
         };
         if self.bell.wake_up(*readable.as_ref().unwrap_or(&false)) {
             self.pool.borrow().collect(&mut done);
@@ -230,7 +275,7 @@ impl Engine {
                         waker.wake();
                     }
                 }
-                Slot::Abandoned { .. } => {}
+                Slot::Abandoned { .. } => self.free.borrow_mut().push(index),
                 other => *slot = other,
             }
         }
@@ -278,6 +323,8 @@ impl Future for Running {
             }
             Slot::Done(_) => {
                 let taken = std::mem::replace(slot, Slot::Free);
+                engine.free.borrow_mut().push(self.index);
+                drop(slots);
                 self.finished = true;
                 match taken {
                     Slot::Done(result) => Poll::Ready(result),
@@ -298,7 +345,10 @@ impl Drop for Running {
         let slot = &mut slots[self.index];
         *slot = match std::mem::replace(slot, Slot::Free) {
             Slot::Flying { job, .. } => Slot::Abandoned { job },
-            _ => Slot::Free,
+            _ => {
+                self.engine.free.borrow_mut().push(self.index);
+                Slot::Free
+            }
         };
     }
 }

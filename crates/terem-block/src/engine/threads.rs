@@ -139,6 +139,8 @@ fn perform(job: &Job) -> io::Result<usize> {
             // SAFETY: as above.
             unsafe { libc::pwritev(fd, list, count, position(*offset)?) }
         }
+        // The engine has its own place for them: they would take all threads.
+        Action::Receive { .. } | Action::Send { .. } => return Err(io::ErrorKind::Unsupported.into()),
         Action::Sync => return Ok(rustix::fs::fdatasync(&job.fd).map(|()| 0)?),
         Action::Allocate { mode, offset, length } => {
             let mode = rustix::fs::FallocateFlags::from_bits_retain(mode.unsigned_abs());

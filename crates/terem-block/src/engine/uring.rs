@@ -58,6 +58,13 @@ impl Ring {
                     .offset(*offset)
                     .build()
             }
+            // On a socket these take or give what there is, and wait in the kernel without a thread.
+            Action::Receive { memory } => {
+                opcode::Readv::new(fd, memory.list.as_ptr().cast(), count(memory.list.len())).build()
+            }
+            Action::Send { memory } => {
+                opcode::Writev::new(fd, memory.list.as_ptr().cast(), count(memory.list.len())).build()
+            }
             Action::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
             Action::Allocate { mode, offset, length } => {
                 opcode::Fallocate::new(fd, *length).offset(*offset).mode(*mode).build()

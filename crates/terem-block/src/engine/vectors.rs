@@ -52,10 +52,23 @@ impl View {
         self.memory.write_at(self.start, &bytes[..n]);
     }
 
-    /// Copies the bytes from `offset` on into `buf`; the caller knows that they are there.
-    pub(crate) fn get(&self, offset: usize, buf: &mut [u8]) {
-        let n = buf.len().min(self.len.saturating_sub(offset));
-        self.memory.read_at(self.start + offset, &mut buf[..n]);
+    /// Copies the beginning of `other`, as far as there is room.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let n = self.len.min(other.len);
+        let mut at = 0;
+        let mut some = [0; 4096];
+        while at < n {
+            let step = (n - at).min(some.len());
+            other.get(at, &mut some[..step]);
+            self.memory.write_at(self.start + at, &some[..step]);
+            at += step;
+        }
+    }
+
+    /// Copies bytes from `offset` on.
+    pub(crate) fn get(&self, offset: usize, to: &mut [u8]) {
+        let len = to.len().min(self.len.saturating_sub(offset));
+        self.memory.read_at(self.start + offset, &mut to[..len]);
     }
 
     /// A copy of the contents.
@@ -113,6 +126,11 @@ impl Vectors {
             }
         }
         (Self { list, _memory: memory }, total)
+    }
+
+    /// Bytes of all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.list.iter().map(IoVec::len).sum()
     }
 
     /// Whether all pieces begin and end at multiples of `align`.

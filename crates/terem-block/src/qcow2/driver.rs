@@ -126,6 +126,14 @@ impl Image for Qcow2 {
         Box::pin(self.write_zeroes(offset, length, unmap))
     }
 
+    fn zeroes_fast(&self, offset: u64, length: u64) -> bool {
+        // Whole clusters only get another entry; version 2 has no such entry, and lets what is below show through.
+        let cluster = self.cluster_size();
+        let whole = offset.is_multiple_of(cluster)
+            && (length.is_multiple_of(cluster) || offset + length == self.size());
+        whole && (self.header.version >= 3 || self.backing.is_none())
+    }
+
     fn status(&self, offset: u64, length: u64) -> Answer<'_, Extent> {
         Box::pin(async move {
             let extent = self.status(offset, length).await?;
@@ -168,8 +176,11 @@ impl Image for Qcow2 {
             Compression::Zlib => |data| compress(Compression::Zlib, data),
             Compression::Zstd => |data| compress(Compression::Zstd, data),
         };
-        (!self.l2_format.external && self.crypt.is_none())
-            .then_some(Packer { unit: self.cluster_size(), compress })
+        (!self.l2_format.external && self.crypt.is_none()).then_some(Packer {
+            unit: self.cluster_size(),
+            always: false,
+            compress,
+        })
     }
 
     fn write_compressed(&self, mut clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {
@@ -183,7 +194,7 @@ impl Image for Qcow2 {
 }
 
 fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
-    let &NewImage { path, file, size, options } = new;
+    let &NewImage { path, file, size, options, .. } = new;
     let fail = |e| OpenError::io(path, "writing the new image", e);
     let limit = |what| OpenError::Limit { path: path.to_owned(), what };
     let header = new_header(size, options).map_err(limit)?;
@@ -335,6 +346,7 @@ fn place_clusters(path: &Path, from: u64, preallocation: Preallocation) -> Resul
 fn describe(tables: &Tables, bitmaps: &[Bitmap], info: &mut ImageInfo) {
     let header = tables.header();
     info.virtual_size = header.size;
+    info.cluster_size = Some(header.cluster_size());
     info.qcow2 = Some(Qcow2Info {
         version: header.version,
         cluster_size: header.cluster_size(),

@@ -8,104 +8,13 @@ use std::sync::Arc;
 
 use terem_memory::AlignedBuffer;
 
-use crate::chain::open_chain;
-use crate::engine::Engine;
-use crate::executor::{Executor, LocalFuture, join_all};
-use crate::node::Node;
+use crate::power::{Allowed, INITIAL, Random, SECTOR, SIZE, cut_power, verify_contents};
 use crate::{
-    AioEngine, BackingFile, BlockBackend, CreateOptions, Disk, Format, IoError, Op, OpenOptions,
-    Qcow2Options, create, journal,
+    AioEngine, BackingFile, BlockBackend, CreateOptions, Disk, Format, Op, OpenOptions, Qcow2Options, create,
+    journal,
 };
 
-const SIZE: u64 = 1 << 20;
-const SECTOR: u64 = 512;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-}
-
-/// What may be in each sector.
-#[derive(Default)]
-struct History {
-    /// At the last flush.
-    flushed: HashMap<u64, Vec<u8>>,
-    /// Written since, with the moment.
-    since: Vec<(usize, u64, u8)>,
-    /// The moments of the flushes, with what each sector could hold then.
-    flushes: Vec<(usize, HashMap<u64, Vec<u8>>)>,
-}
-
-impl History {
-    fn wrote(&mut self, offset: u64, length: u64, value: u8) {
-        let now = journal::now();
-        self.since.extend((offset / SECTOR..(offset + length) / SECTOR).map(|sector| (now, sector, value)));
-    }
-
-    fn flush(&mut self) {
-        for &(_, sector, value) in &self.since {
-            self.flushed.insert(sector, vec![value]);
-        }
-        self.flushes.push((journal::now(), self.flushed.clone()));
-    }
-
-    /// The values that a sector may have after a cut at `cut`; `None` where nothing was ever written.
-    fn allowed(&self, cut: usize) -> HashMap<u64, Vec<u8>> {
-        let last = self.flushes.iter().rfind(|(at, _)| *at <= cut);
-        let mut allowed = last.map(|(_, values)| values.clone()).unwrap_or_default();
-        let from = last.map_or(0, |(at, _)| *at);
-        for &(at, sector, value) in &self.since {
-            if at >= from && at < cut {
-                allowed.entry(sector).or_insert_with(|| vec![INITIAL]).push(value);
-            }
-        }
-        allowed
-    }
-}
-
-/// What is in the image before.
-const INITIAL: u8 = 0x11;
-
-/// Random requests, some of them side by side.
-async fn work(node: &Node, random: &mut Random, history: &mut History) {
-    for _ in 0..40 {
-        let mut requests: Vec<LocalFuture<'_, Result<(), IoError>>> = Vec::new();
-        let lanes = 1 + random.below(3);
-        for lane in 0..lanes {
-            // Side by side in their own parts of the disk, so that the outcome is known.
-            let part = SIZE / lanes / SECTOR * SECTOR;
-            let most = if random.below(3) == 0 { 200 } else { 8 };
-            let length = SECTOR * (1 + random.below(most));
-            let offset = lane * part + SECTOR * random.below((part - length) / SECTOR);
-            let value = u8::try_from(1 + random.below(255)).expect("a byte");
-            let op = if random.below(5) == 0 {
-                history.wrote(offset, length, 0);
-                Op::WriteZeroes { offset, length, unmap: value > 100 }
-            } else {
-                history.wrote(offset, length, value);
-                let bytes = vec![value; usize::try_from(length).expect("small")];
-                Op::Write { offset, memory: Arc::new(AlignedBuffer::from_slice(&bytes)) }
-            };
-            requests.push(Box::pin(node.execute(op)));
-        }
-        join_all(requests).await.expect("written");
-        if random.below(3) == 0 {
-            node.execute(Op::Flush).await.expect("flushed");
-            history.flush();
-        }
-    }
-    node.close().await.expect("closed");
-    history.flush();
-}
-
-fn verify(image: &Path, allowed: &HashMap<u64, Vec<u8>>, cut: usize, dirty_is_allowed: bool) {
+fn verify(image: &Path, allowed: &Allowed, cut: usize, dirty_is_allowed: bool) {
     let mut report = crate::check(image, None).expect("checked");
     let info = crate::info(image, None).expect("info").qcow2.expect("qcow2");
     let options = OpenOptions { aio: AioEngine::Threads, ..OpenOptions::default() };
@@ -114,18 +23,7 @@ fn verify(image: &Path, allowed: &HashMap<u64, Vec<u8>>, cut: usize, dirty_is_al
         report = crate::check(image, None).expect("checked");
     }
     assert_eq!(report.errors, 0, "cut at {cut}: {:?}", report.messages);
-    let disk = Disk::open(image, &OpenOptions { read_only: true, ..options }).expect("opened");
-    let memory = Arc::new(AlignedBuffer::new(usize::try_from(SIZE).expect("small")));
-    disk.run(Op::Read { offset: 0, memory: Arc::clone(&memory) as Arc<dyn crate::IoMemory> }).expect("read");
-    for (sector, bytes) in memory.to_vec().chunks(512).enumerate() {
-        let initial = [INITIAL];
-        let allowed = allowed.get(&(sector as u64)).map_or(&initial[..], Vec::as_slice);
-        let first = bytes[0];
-        assert!(
-            allowed.contains(&first) && bytes.iter().all(|b| *b == first),
-            "cut at {cut}: sector {sector:#x} is {first:#x}, not one of {allowed:x?}"
-        );
-    }
+    verify_contents(image, Format::Qcow2, allowed, INITIAL, cut);
 }
 
 /// What the image is like.
@@ -140,7 +38,7 @@ enum Kind {
     Extended,
 }
 
-fn cut_power(seed: u64, cluster_size: u32, kind: Kind) {
+fn with(seed: u64, cluster_size: u32, kind: Kind) {
     let (lazy_refcounts, backed) = (kind == Kind::Lazy, matches!(kind, Kind::Backed | Kind::Extended));
     let dir = tempfile::tempdir().expect("a directory");
     let (image, cut_image) = (dir.path().join("image.qcow2"), dir.path().join("cut.qcow2"));
@@ -160,63 +58,42 @@ fn cut_power(seed: u64, cluster_size: u32, kind: Kind) {
         let snapshot = Command::new("qemu-img").args(["snapshot", "-c", "s"]).arg(&image).status();
         assert!(snapshot.expect("qemu-img is needed for this test").success());
     }
-    let before = fs::read(&image).expect("read");
-
-    let engine = Engine::new(AioEngine::Auto).expect("an engine");
-    // A small table cache, so that tables are also written back for want of room.
-    let open = OpenOptions { table_cache: 0, ..OpenOptions::default() };
-    let node = open_chain(&engine, &image, &open).expect("opened");
-    let (mut random, mut history) = (Random(seed), History::default());
-    journal::begin();
-    let executor = Executor::new(engine);
-    executor.block_on(work(&node, &mut random, &mut history)).expect("waited");
-    drop((node, executor));
-
-    let end = journal::now();
-    assert!(end > 50, "only {end} writes");
-    for i in 0..=40 {
-        // Most of them early, where most tables are made.
-        let cut = end * i * i / 1600;
-        // From "nothing without a sync" to "everything at once".
-        let chance = random.below(5);
-        let mut coin = Random(seed + i as u64);
-        let file = journal::after_power_cut(before.clone(), cut, || coin.below(4) < chance);
-        fs::write(&cut_image, file).expect("written");
-        verify(&cut_image, &history.allowed(cut), cut, lazy_refcounts);
-    }
+    cut_power(seed, &image, Format::Qcow2, INITIAL, &cut_image, |image, allowed, cut| {
+        verify(image, allowed, cut, lazy_refcounts);
+    });
 }
 
 #[test]
 fn with_small_clusters() {
-    cut_power(1, 512, Kind::Plain);
+    with(1, 512, Kind::Plain);
 }
 
 #[test]
 fn with_common_clusters() {
-    cut_power(2, 4096, Kind::Plain);
-    cut_power(3, 65536, Kind::Plain);
+    with(2, 4096, Kind::Plain);
+    with(3, 65536, Kind::Plain);
 }
 
 #[test]
 fn with_a_backing_file() {
-    cut_power(4, 4096, Kind::Backed);
-    cut_power(5, 512, Kind::Backed);
+    with(4, 4096, Kind::Backed);
+    with(5, 512, Kind::Backed);
 }
 
 #[test]
 fn with_lazy_refcounts() {
-    cut_power(6, 4096, Kind::Lazy);
+    with(6, 4096, Kind::Lazy);
 }
 
 #[test]
 fn with_a_snapshot() {
-    cut_power(7, 4096, Kind::Snapshot);
-    cut_power(8, 512, Kind::Snapshot);
+    with(7, 4096, Kind::Snapshot);
+    with(8, 512, Kind::Snapshot);
 }
 
 #[test]
 fn with_subclusters() {
-    cut_power(9, 16384, Kind::Extended);
+    with(9, 16384, Kind::Extended);
 }
 
 /// Everything on the disk.

@@ -34,6 +34,8 @@ impl ApicBus for Apics {
     }
 
     fn pulse_nmi(&self) {}
+
+    fn pulse_smi(&self) {}
 }
 
 /// 32 lines: levels, and rising edges counted.

@@ -103,6 +103,12 @@ fn sse() -> Vec<Row> {
     rows
 }
 
+/// Upper halves of the YMM registers, of which gdb makes the whole ones. Models without AVX have zeros there.
+fn avx() -> Vec<Row> {
+    let row = |n: usize| (format!("ymm{n}h"), "uint128", 128, Place::Xsave(UPPERS + 16 * n, 16));
+    (0..16).map(row).collect()
+}
+
 fn system() -> Vec<Row> {
     let rows = [
         ("k_gs_base", Place::KernelGsBase),
@@ -201,6 +207,7 @@ fn types(xml: &mut String, feature: &str) {
 
 const CORE: &str = "org.gnu.gdb.i386.core";
 const SSE: &str = "org.gnu.gdb.i386.sse";
+const AVX: &str = "org.gnu.gdb.i386.avx";
 
 /// All registers, and the description.
 struct Table {
@@ -212,6 +219,7 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
     let features = [
         (CORE, core()),
         (SSE, sse()),
+        (AVX, avx()),
         ("org.gnu.gdb.i386.segments", segment_bases()),
         ("org.teremok.system", system()),
     ];
@@ -353,8 +361,11 @@ fn number(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(eight)
 }
 
-/// State components x87 and SSE of XSTATE_BV (Intel SDM vol. 1, 13.4.2), at this offset.
+/// XSTATE_BV of the XSAVE area, which says what components it has: x87 (bit 0), SSE (1), AVX (2) (Intel SDM vol. 1,
+/// 13.4.2).
 const XSTATE_BV: usize = 512;
+/// The AVX component there.
+const UPPERS: usize = 576;
 
 impl Register {
     fn read(&self, s: &VcpuState, to: &mut [u8]) {
@@ -391,7 +402,12 @@ impl Register {
             Place::Xsave(at, len) => {
                 if let Some(to) = s.xsave.get_mut(at..at + len) {
                     to.copy_from_slice(&from[..len]);
-                    s.xsave[XSTATE_BV] |= 3;
+                    s.xsave[XSTATE_BV] |= match at {
+                        ..UPPERS => 3,
+                        // Zeros are what is there without the component.
+                        _ if from.iter().all(|b| *b == 0) => 0,
+                        _ => 4,
+                    };
                 }
             }
             Place::Gpr(n) => s.gpr[n] = value,

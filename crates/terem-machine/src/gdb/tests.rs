@@ -10,7 +10,7 @@ use super::registers::{Bytes, Number, X86, names};
 /// A state in which no two registers have the same value.
 fn state() -> VcpuState {
     let mut s = VcpuState::power_on(0, true);
-    s.gpr = std::array::from_fn(|i| 0x1111_1111_1111_1111 * (i as u64 + 1));
+    s.gpr = std::array::from_fn(|i| 0x1111_1111_1111_1111_u64.wrapping_mul(i as u64 + 1));
     (s.rip, s.rflags) = (0xffff_ffff_8100_0000, 0x246);
     for (i, segment) in (0_u16..).zip(&mut s.segments) {
         (segment.selector, segment.base) = (i * 8 + 8, u64::from(i) * 0x10_0000);
@@ -20,7 +20,10 @@ fn state() -> VcpuState {
     for (i, b) in s.xsave[..512].iter_mut().enumerate() {
         *b = i.to_le_bytes()[0];
     }
-    s.xsave[512] = 3;
+    for (i, b) in s.xsave[576..832].iter_mut().enumerate() {
+        *b = 0xff ^ i.to_le_bytes()[0];
+    }
+    s.xsave[512] = 7;
     s
 }
 
@@ -44,6 +47,7 @@ fn registers_are_where_gdb_looks_for_them() {
     assert_eq!(value("fstat", &s), [2, 3, 0, 0], "16 bits, the rest zero");
     assert_eq!(value("xmm15", &s), s.xsave[400..416]);
     assert_eq!(value("mxcsr", &s), s.xsave[24..28]);
+    assert_eq!(value("ymm15h", &s), s.xsave[816..832]);
     assert_eq!(Bytes::of(&s).pc(), s.rip);
 }
 
@@ -63,7 +67,11 @@ fn what_is_read_can_be_written_back() {
     }
     assert_eq!(other.xsave[32..42], s.xsave[32..42]);
     assert_eq!(other.xsave[160..416], s.xsave[160..416]);
-    assert_eq!(other.xsave[512], 3, "the state counts from now on");
+    assert_eq!(other.xsave[576..832], s.xsave[576..832]);
+    assert_eq!(other.xsave[512], 7, "the state counts from now on");
+    let mut without = VcpuState::power_on(0, true);
+    Bytes::of(&without.clone()).put(&mut without);
+    assert_eq!(without.xsave[512], 3, "a model without AVX does not get it by a write of zeros");
     other.xsave.clone_from(&s.xsave);
     assert_eq!(other, VcpuState { tsc: other.tsc, ..s });
     let (rip, _) = Number::from_raw_id(16).unwrap();

@@ -10,9 +10,10 @@ mod system;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use terem_bus::{ApicBus, ApicMessage, Bus, DeliveryMode, Timer, locked};
-use terem_cpu::ApicState;
+use terem_cpu::{ApicState, SmmState};
 
 pub(crate) use system::ApicSystem;
 
@@ -65,6 +66,7 @@ struct Registers {
     tsc_deadline: u64,
     intr: bool,
     nmi: bool,
+    smi: bool,
     init: bool,
     start_up: Option<u8>,
     kick: bool,
@@ -91,6 +93,7 @@ pub(crate) enum Next {
     Kick,
     Init,
     StartUp(u8),
+    Smi,
     Nmi,
     /// Take an interrupt of this vector.
     Vector(u8),
@@ -104,6 +107,9 @@ pub(crate) enum Next {
 pub(crate) struct Accepts {
     pub(crate) interrupts: bool,
     pub(crate) nmi: bool,
+    pub(crate) smi: bool,
+    /// INIT waits in system management mode.
+    pub(crate) init: bool,
     pub(crate) waiting_for_start_up: bool,
 }
 
@@ -119,6 +125,7 @@ impl Apic {
             tsc_deadline: 0,
             intr: false,
             nmi: false,
+            smi: false,
             init: false,
             start_up: None,
             kick: false,
@@ -228,8 +235,9 @@ impl Apic {
     }
 
     fn take(r: &mut MutexGuard<'_, Registers>, accepts: Accepts) -> Next {
-        // INIT and start-up before a kick: they are not part of a saved state.
-        if std::mem::take(&mut r.init) {
+        // INIT and start-up before a kick: start-up is not part of a saved state.
+        if r.init && accepts.init {
+            r.init = false;
             return Next::Init;
         }
         let start_up = r.start_up.take().filter(|_| accepts.waiting_for_start_up);
@@ -241,6 +249,10 @@ impl Apic {
         }
         if accepts.waiting_for_start_up {
             return Next::Nothing;
+        }
+        if r.smi && accepts.smi {
+            r.smi = false;
+            return Next::Smi;
         }
         if r.nmi && accepts.nmi {
             r.nmi = false;
@@ -265,6 +277,17 @@ impl Apic {
         while !self.attention.load(Ordering::SeqCst) {
             r = self.wake.wait(r).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Sleeps for `time`, unless there may be something to do, or with `masked_too` an interrupt waits that cannot be
+    /// taken: false then.
+    pub(crate) fn doze(&self, time: Duration, masked_too: bool) -> bool {
+        let r = locked(&self.registers);
+        if self.attention.load(Ordering::SeqCst) || (masked_too && r.waits()) {
+            return false;
+        }
+        let r = self.wake.wait_timeout(r, time).map_or_else(|e| e.into_inner().0, |(r, _)| r);
+        !(self.attention.load(Ordering::SeqCst) || (masked_too && r.waits()))
     }
 
     /// Sends an inter-processor interrupt as an ICR value says.
@@ -304,13 +327,14 @@ impl Apic {
                     r.request(message.vector, message.level_triggered);
                 }
                 DeliveryMode::Nmi => r.nmi = true,
+                DeliveryMode::Smi => r.smi = true,
                 DeliveryMode::Init if message.assert => {
                     // A start-up that comes after it counts even if the vCPU sees both at once.
                     r.init = true;
                     r.start_up = None;
                 }
                 DeliveryMode::StartUp => r.start_up = Some(message.vector),
-                DeliveryMode::Init | DeliveryMode::Smi | DeliveryMode::ExtInt => {}
+                DeliveryMode::Init | DeliveryMode::ExtInt => {}
             }
         }
         self.attend();
@@ -344,6 +368,12 @@ impl Apic {
         locked(&self.registers).nmi
     }
 
+    /// Whether an SMI and an INIT wait.
+    pub(crate) fn smi_and_init_pending(&self) -> (bool, bool) {
+        let r = locked(&self.registers);
+        (r.smi, r.init)
+    }
+
     pub(crate) fn save(&self) -> ApicState {
         let r = locked(&self.registers);
         ApicState {
@@ -355,11 +385,12 @@ impl Apic {
         }
     }
 
-    /// Loads a state, and the NMI latch.
+    /// Loads a state, and the latches of NMI and what `smm` has.
     pub(crate) fn restore(
         &self,
         state: &ApicState,
         nmi: bool,
+        smm: SmmState,
         bus: &Bus,
         tsc_offset: u64,
     ) -> Result<(), String> {
@@ -375,7 +406,8 @@ impl Apic {
         r.tsc_deadline = state.tsc_deadline;
         r.intr = state.intr;
         r.nmi = nmi;
-        (r.init, r.start_up) = (false, None);
+        r.smi = smm.pending;
+        (r.init, r.start_up) = (smm.init_pending, None);
         let mapped = state.base & (base::ENABLED | base::X2APIC) == base::ENABLED;
         self.mapped.store(if mapped { state.base & base::ADDRESS } else { u64::MAX }, Ordering::Relaxed);
         self.arm(&r, bus.clock.now(), tsc_offset);

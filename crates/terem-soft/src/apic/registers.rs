@@ -37,9 +37,9 @@ impl Registers {
         (self.enabled() && u32::from(vector >> 4) > self.ppr() >> 4).then_some(vector)
     }
 
-    /// Whether an interrupt or NMI waits, for a vCPU that takes them.
+    /// Whether an interrupt, NMI or SMI waits, for a vCPU that takes them.
     pub(super) fn waits(&self) -> bool {
-        self.nmi || self.external() || self.deliverable().is_some()
+        self.nmi || self.smi || self.external() || self.deliverable().is_some()
     }
 
     pub(super) fn request(&mut self, vector: u8, level: bool) {
@@ -55,6 +55,7 @@ impl Registers {
         if entry & MASKED == 0 && self.base & base::ENABLED != 0 {
             match DeliveryMode::from_bits((entry >> 8) as u8) {
                 DeliveryMode::Nmi => self.nmi = true,
+                DeliveryMode::Smi => self.smi = true,
                 DeliveryMode::Fixed => self.request(entry as u8, false),
                 _ => {}
             }

@@ -69,6 +69,13 @@ impl ApicBus for ApicSystem {
             apic.attend();
         }
     }
+
+    fn pulse_smi(&self) {
+        for apic in &self.apics {
+            locked(&apic.registers).smi = true;
+            apic.attend();
+        }
+    }
 }
 
 impl MsiSink for ApicSystem {

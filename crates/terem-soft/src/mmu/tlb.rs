@@ -5,13 +5,14 @@
 //! supervisor accesses under SMAP, supervisor accesses without it, and user accesses, so that changes of
 //! privilege flush nothing.
 
+use std::cell::UnsafeCell;
 use std::sync::atomic::AtomicU32;
 
 /// The page number's bits of a linear address.
 pub const PAGE_MASK: u64 = !0xfff;
 
-/// Entries of each set.
-pub(crate) const ENTRIES: usize = 4096;
+/// Pairs of entries in each set.
+pub(crate) const PAIRS: usize = 2048;
 /// Right shift of a page number whose result is added to its place, so that arrays at a multiple of 16 MiB from each
 /// other do not fight for the same entries.
 pub(crate) const MIX: u32 = 12;
@@ -27,6 +28,8 @@ pub(crate) const KERNEL: usize = 0;
 pub(crate) const USER: usize = 2;
 /// Entries of pages that are not global in the kernel's set, at most.
 const PASSING: usize = 256;
+/// Entries of each set that translated code looks at.
+pub(crate) const QUICK: usize = 1024;
 
 /// One page of linear addresses, for data. Translated code knows this layout.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +45,42 @@ pub(crate) struct Entry {
     pub(crate) mark: *const AtomicU32,
 }
 
-/// The page that accesses in translated code last went to. Translated code knows this layout.
+/// One page of linear addresses as translated code finds it, by the page number's low bits. Always of the present context:
+/// there is no generation to compare. Translated code knows this layout.
+///
+/// An entry that is not valid has for its page one whose place in the table is another: no address that leads to the entry
+/// is on it, whatever a guest tries.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Quick {
+    /// The page's linear address, for reads.
+    pub(crate) read: u64,
+    /// The same for writes. Pages that held code when they were put in are not there.
+    pub(crate) write: u64,
+    /// Where the host has it.
+    pub(crate) host: u64,
+    _pad: u64,
+}
+
+impl Quick {
+    /// The page of an entry that is not valid.
+    const fn elsewhere(place: usize) -> u64 {
+        if place == 0 { 0x1000 } else { 0 }
+    }
+
+    /// Where in a set the page of `linear` is.
+    fn place(linear: u64) -> usize {
+        (linear >> 12) as usize % QUICK
+    }
+}
+
+/// The entries of two pages that share a place: the one that was put in last, and the one before. In one line of the host's
+/// cache.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Pair(pub(crate) [Entry; 2]);
+
+/// The page that the stack was last on, which may be written. Translated code knows this layout.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Remembered {
@@ -54,9 +92,42 @@ pub(crate) struct Remembered {
     pub(crate) mark: *const AtomicU32,
 }
 
-/// The linear address of no page: no access has it, since it is not canonical. (A guest that comes by it all the same
-/// gets nothing but nonsense of its own.)
-pub(crate) const NO_PAGE: u64 = 0x7ffd_a5c3_96e1_f000;
+/// The linear address of no page: no access has it, since it is not canonical. A guest that comes by it all the same reaches
+/// [`NOTHING`].
+const NO_PAGE: u64 = 0x7ffd_a5c3_96e1_f000;
+
+/// A page of the host's that means nothing, and behind it one more.
+#[repr(align(4096))]
+struct Nothing(UnsafeCell<[u8; 0x2000]>);
+
+// SAFETY: nobody but translated code goes there, with accesses whose values mean nothing.
+unsafe impl Sync for Nothing {}
+
+static NOTHING: Nothing = Nothing(UnsafeCell::new([0; 0x2000]));
+/// The mark of [`NOTHING`].
+static NO_MARK: AtomicU32 = AtomicU32::new(0);
+
+impl Remembered {
+    fn nothing() -> Self {
+        Self { page: NO_PAGE, host: NOTHING.0.get() as u64, mark: &raw const NO_MARK }
+    }
+}
+
+/// Which code lies in a page of linear addresses, in the present context. Translated code knows this layout.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Place {
+    /// The page's linear address, plus 1 for the user's.
+    pub(crate) page: u64,
+    /// The physical page's number, and in the lower half the mark under which its code is valid; [`NOWHERE`]: not known.
+    pub(crate) code: u64,
+}
+
+/// Entries of the table of code's places, for the supervisor and the user.
+pub(crate) const PLACES: usize = 1024;
+/// No code's place: that of no page, since it would be beyond all physical addresses.
+pub(crate) const NOWHERE: u64 = u64::MAX;
+const NO_PLACE: Place = Place { page: u64::MAX, code: NOWHERE };
 
 /// One page of linear addresses, for fetches.
 #[derive(Debug, Clone, Copy)]
@@ -73,16 +144,23 @@ const NO_CODE: CodeEntry = CodeEntry { tag: INVALID, addend: 0 };
 /// Beside translations it keeps *epochs*: numbers that change whenever a translation for fetches may have. What
 /// translated code remembers of where code lies (jumps to other pages, targets of indirect jumps) is good in one
 /// epoch. Pages that are global (PTE.G) have an epoch and, under SMAP, a generation of their own, which changes of
-/// CR3 leave alone. Likewise there are epochs of data accesses: what an access in translated code remembers of the page
-/// that it last went to is good in one of them.
+/// CR3 leave alone.
+///
+/// In front of it stands, for data accesses of translated code, a smaller table without tags ([`Quick`]).
 pub(crate) struct Tlb {
-    pub(crate) sets: [[Entry; ENTRIES]; 3],
+    pub(crate) sets: [[Pair; PAIRS]; 3],
     /// Generation of each set's entries.
     pub(crate) generations: [u64; 3],
-    /// Epoch of each set's data accesses.
-    pub(crate) data_epochs: [u64; 3],
-    /// For each set, the page that the stack is on, which may be written.
+    /// What translated code looks at.
+    pub(crate) quick: [[Quick; QUICK]; 3],
+    /// Whether there is anything in a set of `quick`. Bytes that translated code sets.
+    pub(crate) quick_used: [bool; 3],
+    /// For each set, the page that the stack is on.
     pub(crate) stacks: [Remembered; 3],
+    /// Where code lies, for the supervisor and the user.
+    pub(crate) places: [[Place; PLACES]; 2],
+    /// Whether there is anything in a part of `places`.
+    places_used: [bool; 2],
     /// For the supervisor and the user.
     code: [[CodeEntry; CODE_ENTRIES]; 2],
     /// The set of the present mode.
@@ -90,12 +168,12 @@ pub(crate) struct Tlb {
     /// Generation of the present context.
     generation: u64,
     /// Accesses to data are checked for alignment: none finds an entry.
-    pub(super) strict: bool,
+    strict: bool,
     /// Generation of what is global.
     of_globals: u64,
     /// Whether global pages are on (CR4.PGE).
     globals: bool,
-    /// Entries of the kernel's set that are not of global pages.
+    /// Pairs of the kernel's set that may have entries that are not of global pages.
     passing: Vec<u16>,
     /// The same of the supervisor's code.
     passing_code: Vec<u16>,
@@ -104,13 +182,11 @@ pub(crate) struct Tlb {
     next_generation: u16,
     /// Epoch of the present context's code, and of what is global.
     epochs: [u64; 2],
-    /// The same for data.
-    data: [u64; 2],
     last_epoch: u64,
-    /// The kernel's set has had entries in the lower half.
-    low: bool,
+    /// The supervisor has fetched from the lower half.
+    low_code: bool,
     /// Which linear pages were fetched from in these epochs (a filter of hashes).
-    fetched: [u64; 64],
+    fetched: [u64; 1024],
     /// Ranges of linear addresses in the lower and the upper half that cover every large page put in.
     pub(super) large: [Option<(u64, u64)>; 2],
 }
@@ -121,8 +197,6 @@ struct Context {
     generation: u16,
     /// Epoch of code.
     code: u64,
-    /// Epoch of data.
-    data: u64,
 }
 
 impl Tlb {
@@ -131,10 +205,13 @@ impl Tlb {
 
     pub(crate) fn new() -> Self {
         Self {
-            sets: [[EMPTY; ENTRIES]; 3],
+            sets: [[Pair([EMPTY; 2]); PAIRS]; 3],
             generations: [1; 3],
-            data_epochs: [0; 3],
-            stacks: [Remembered { page: NO_PAGE, host: 0, mark: std::ptr::null() }; 3],
+            quick: [Self::no_quick(); 3],
+            quick_used: [false; 3],
+            stacks: [Remembered::nothing(); 3],
+            places: [[NO_PLACE; PLACES]; 2],
+            places_used: [false; 2],
             code: [[NO_CODE; CODE_ENTRIES]; 2],
             set: 0,
             generation: 1,
@@ -146,10 +223,9 @@ impl Tlb {
             of_pcid: vec![Context::default(); 4096],
             next_generation: 2,
             epochs: [1, 2],
-            data: [0; 2],
             last_epoch: 2,
-            low: false,
-            fetched: [0; 64],
+            low_code: false,
+            fetched: [0; 1024],
             large: [None; 2],
         }
     }
@@ -165,14 +241,15 @@ impl Tlb {
     #[inline(always)]
     fn place(linear: u64) -> usize {
         let page = linear >> 12;
-        (page + (page >> MIX)) as usize % ENTRIES
+        (page + (page >> MIX)) as usize % PAIRS
     }
 
-    /// The entry of `linear` in the present set.
+    /// The entry of `linear` in the present set. (Who may write may read: the tag for reads is there if the other is.)
     #[inline(always)]
     pub(crate) fn entry(&self, linear: u64) -> Entry {
         // SAFETY: `set` is below 3 and the index is masked.
-        unsafe { *self.sets.get_unchecked(self.set).get_unchecked(Self::place(linear)) }
+        let Pair([a, b]) = unsafe { self.sets.get_unchecked(self.set).get_unchecked(Self::place(linear)) };
+        if a.read == self.tag(linear) { *a } else { *b }
     }
 
     /// The tag that an entry has if it is valid for the page of `linear`.
@@ -213,36 +290,93 @@ impl Tlb {
         }
         self.code = [[NO_CODE; CODE_ENTRIES]; 2];
         self.passing_code.clear();
-        self.fetched = [0; 64];
+        self.fetched = [0; 1024];
+        self.clear_places(0);
+        self.clear_places(1);
     }
 
-    /// Whether that is where a stack's page is remembered.
-    pub(crate) fn is_stack(&self, page: *const Remembered) -> bool {
-        self.stacks.as_ptr_range().contains(&page)
-    }
-
-    /// Begins new epochs of data accesses: what they remember of their pages is no longer so.
-    pub(crate) fn new_data_epochs(&mut self) {
-        for of in &mut self.of_pcid {
-            of.data = 0;
+    fn clear_places(&mut self, user: usize) {
+        if std::mem::take(&mut self.places_used[user]) {
+            self.places[user].fill(NO_PLACE);
         }
-        self.data = [self.take_epoch(), self.take_epoch()];
-        self.use_generations();
+    }
+
+    /// The code of the physical page `page`, valid under `mark`, is where `linear` is, which the present mode may fetch from.
+    pub(crate) fn put_place(&mut self, linear: u64, page: u64, mark: u32) {
+        let user = usize::from(self.set == USER);
+        self.places[user][(linear >> 12) as usize % PLACES] =
+            Place { page: linear & PAGE_MASK | user as u64, code: Self::code_of(page, mark) };
+        self.places_used[user] = true;
+    }
+
+    /// [`Place::code`].
+    pub(crate) fn code_of(page: u64, mark: u32) -> u64 {
+        page << 32 | u64::from(mark)
+    }
+
+    fn no_quick() -> [Quick; QUICK] {
+        std::array::from_fn(|i| Quick {
+            read: Quick::elsewhere(i),
+            write: Quick::elsewhere(i),
+            host: 0,
+            _pad: 0,
+        })
+    }
+
+    /// Forgets what translated code knows of the pages of a set.
+    fn clear_quick(&mut self, set: usize) {
+        self.stacks[set] = Remembered::nothing();
+        if std::mem::take(&mut self.quick_used[set]) {
+            for (i, quick) in self.quick[set].iter_mut().enumerate() {
+                (quick.read, quick.write) = (Quick::elsewhere(i), Quick::elsewhere(i));
+            }
+        }
+    }
+
+    /// Lets translated code know the page of `linear`, whose entry is in the present set.
+    pub(crate) fn put_quick(&mut self, linear: u64, write: bool) {
+        let (host, page) = (linear.wrapping_add(self.entry(linear).addend) & PAGE_MASK, linear & PAGE_MASK);
+        let place = Quick::place(linear);
+        let write = if write { page } else { Quick::elsewhere(place) };
+        self.quick[self.set][place] = Quick { read: page, write, host, _pad: 0 };
+        self.quick_used[self.set] = true;
+    }
+
+    /// Lets translated code know the page of the stack, as [`Self::put_quick`].
+    pub(crate) fn put_stack(&mut self, linear: u64) {
+        let (entry, page) = (self.entry(linear), linear & PAGE_MASK);
+        self.stacks[self.set] = Remembered { page, host: page.wrapping_add(entry.addend), mark: entry.mark };
+    }
+
+    /// The page at the host address `host` holds code from now on: translated code does not write there on its own.
+    pub(crate) fn holds_code(&mut self, host: u64) {
+        for set in 0..3 {
+            if self.stacks[set].host == host {
+                self.stacks[set] = Remembered::nothing();
+            }
+            if self.quick_used[set] {
+                for (i, quick) in self.quick[set].iter_mut().enumerate() {
+                    if quick.host == host {
+                        quick.write = Quick::elsewhere(i);
+                    }
+                }
+            }
+        }
     }
 
     fn filter(linear: u64) -> (usize, u64) {
-        let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
         ((hash >> 6) as usize, 1 << (hash & 63))
     }
 
     /// A generation that no entry has.
     fn take_generation(&mut self) -> u16 {
         if self.next_generation > LAST_GENERATION {
-            self.sets.iter_mut().flatten().for_each(|e| *e = EMPTY);
+            self.sets.iter_mut().flatten().for_each(|pair| *pair = Pair([EMPTY; 2]));
             self.of_pcid.fill(Context::default());
             self.passing.clear();
+            (0..3).for_each(|set| self.clear_quick(set));
             self.new_epochs();
-            self.data = [self.take_epoch(), self.take_epoch()];
             self.next_generation = 2;
             self.of_globals = 1;
         }
@@ -250,14 +384,17 @@ impl Tlb {
         self.next_generation - 1
     }
 
-    pub(super) fn use_generations(&mut self) {
+    fn use_generations(&mut self) {
         let kernel = if self.globals { self.of_globals } else { self.generation };
         // No entry has generation 0.
         let user = if self.strict { 0 } else { self.generation };
         self.generations = [kernel, self.generation, user];
-        let [context, global] = self.data;
-        self.data_epochs = [if self.globals { global } else { context }, context, context];
-        self.stacks.iter_mut().for_each(|s| s.page = NO_PAGE);
+    }
+
+    pub(super) fn set_strict(&mut self, strict: bool) {
+        self.strict = strict;
+        self.clear_quick(USER);
+        self.use_generations();
     }
 
     /// Whether accesses to data are checked for alignment.
@@ -272,9 +409,8 @@ impl Tlb {
         self.of_pcid.fill(Context::default());
         self.large = [None; 2];
         self.passing.clear();
-        self.low = false;
+        self.clear_quick(KERNEL);
         self.new_epochs();
-        self.data[1] = self.take_epoch();
         self.of_globals = u64::from(self.take_generation());
         self.switch(pcid, false);
     }
@@ -283,17 +419,21 @@ impl Tlb {
     pub(crate) fn switch(&mut self, pcid: u16, keep: bool) {
         let known = if keep { self.of_pcid[usize::from(pcid)] } else { Context::default() };
         let generation = if known.generation != 0 { known.generation } else { self.take_generation() };
-        // Taking a generation may have begun new epochs: these must come after it.
+        // Taking a generation may have begun new epochs: this must come after it.
         let code = if known.code != 0 { known.code } else { self.take_epoch() };
-        let data = if known.data != 0 { known.data } else { self.take_epoch() };
-        self.of_pcid[usize::from(pcid)] = Context { generation, code, data };
+        self.of_pcid[usize::from(pcid)] = Context { generation, code };
         self.generation = u64::from(generation);
-        (self.epochs[0], self.data[0]) = (code, data);
-        if !self.passing.is_empty() {
-            self.data[1] = self.take_epoch();
+        self.epochs[0] = code;
+        if !(self.globals && self.passing.is_empty()) {
+            self.clear_quick(KERNEL);
+        }
+        (1..3).for_each(|set| self.clear_quick(set));
+        self.clear_places(1);
+        if !(self.globals && self.passing_code.is_empty()) {
+            self.clear_places(0);
         }
         for i in self.passing.drain(..) {
-            self.sets[KERNEL][usize::from(i)] = EMPTY;
+            self.sets[KERNEL][usize::from(i)] = Pair([EMPTY; 2]);
         }
         if !self.passing_code.is_empty() {
             // Code of the kernel's that is not global is rare; what was linked to it has to go.
@@ -310,29 +450,49 @@ impl Tlb {
         self.of_pcid[usize::from(pcid)] = Context::default();
     }
 
-    /// Forgets the page of `linear` in all contexts (what accesses remember, in the context `pcid` only, which is the
-    /// present one). Returns false if it may be part of a large page, so that everything must be flushed.
+    /// Forgets the page of `linear` in all contexts. Returns false if it may be part of a large page, so that everything
+    /// must be flushed.
     #[must_use]
-    pub(crate) fn invalidate(&mut self, linear: u64, pcid: u16) -> bool {
+    pub(crate) fn invalidate(&mut self, linear: u64) -> bool {
         if self.large[(linear >> 63) as usize].is_some_and(|(from, to)| (from..to).contains(&linear)) {
             return false;
         }
         let page = linear & PAGE_MASK;
-        self.data[0] = self.take_epoch();
-        self.of_pcid[usize::from(pcid)].data = self.data[0];
-        if linear >> 63 != 0 || self.low {
-            self.data[1] = self.take_epoch();
+        let place = Quick::place(linear);
+        for set in 0..3 {
+            let quick = &mut self.quick[set][place];
+            if quick.read == page {
+                (quick.read, quick.write) = (Quick::elsewhere(place), Quick::elsewhere(place));
+            }
+            if self.stacks[set].page == page {
+                self.stacks[set] = Remembered::nothing();
+            }
         }
-        self.use_generations();
         for set in &mut self.sets {
-            let entry = &mut set[Self::place(linear)];
-            if [entry.read, entry.write].iter().any(|t| t & PAGE_MASK == page) {
-                *entry = EMPTY;
+            for entry in &mut set[Self::place(linear)].0 {
+                if [entry.read, entry.write].iter().any(|t| t & PAGE_MASK == page) {
+                    *entry = EMPTY;
+                }
             }
         }
         let (word, bit) = Self::filter(linear);
         if self.fetched[word] & bit != 0 {
-            self.new_epochs();
+            // Where other pages' code lies stays known: what was good for the last epoch is soon good for the next one.
+            self.epochs[0] = self.take_epoch();
+            self.of_pcid.iter_mut().for_each(|of| of.code = 0);
+            if self.low_code || linear >> 63 != 0 {
+                self.epochs[1] = self.take_epoch();
+            }
+            for user in 0..2 {
+                let entry = &mut self.code[user][(linear >> 12) as usize % CODE_ENTRIES];
+                if entry.tag & PAGE_MASK == page {
+                    *entry = NO_CODE;
+                }
+                let place = &mut self.places[user][(linear >> 12) as usize % PLACES];
+                if place.page & PAGE_MASK == page {
+                    *place = NO_PLACE;
+                }
+            }
         }
         true
     }
@@ -350,8 +510,11 @@ impl Tlb {
         if page.data {
             let tag = linear & PAGE_MASK | self.generations[set];
             let write = if page.write { tag } else { INVALID };
-            self.sets[set][Self::place(linear)] = Entry { read: tag, write, addend, mark };
-            self.low |= set == KERNEL && linear >> 63 == 0;
+            let Pair([first, second]) = &mut self.sets[set][Self::place(linear)];
+            if first.read != tag {
+                *second = *first;
+            }
+            *first = Entry { read: tag, write, addend, mark };
             if set == KERNEL && self.globals && !page.global {
                 if self.passing.len() >= PASSING {
                     if self.next_generation >= LAST_GENERATION {
@@ -361,7 +524,7 @@ impl Tlb {
                     }
                     self.of_globals = u64::from(self.take_generation());
                     self.passing.clear();
-                    self.data[1] = self.take_epoch();
+                    self.clear_quick(KERNEL);
                     self.use_generations();
                     return; // the entry just made is of an old generation: it will be filled again
                 }
@@ -374,6 +537,7 @@ impl Tlb {
             self.code[user][index % CODE_ENTRIES] = CodeEntry { tag, addend };
             let (word, bit) = Self::filter(linear);
             self.fetched[word] |= bit;
+            self.low_code |= user == 0 && linear >> 63 == 0;
             if user == 0 && self.globals && !page.global && self.passing_code.len() < CODE_ENTRIES {
                 self.passing_code.push((index % CODE_ENTRIES) as u16);
             }

@@ -125,6 +125,8 @@ pub(super) struct Case {
     pub(super) rflags: u64,
     pub(super) fx: FxArea,
     pub(super) uppers: Uppers,
+    /// Which of x87, SSE and AVX state is as said here; the others are in their initial configuration.
+    pub(super) present: u64,
     /// Flags that need not be equal afterwards.
     pub(super) undefined: u64,
 }

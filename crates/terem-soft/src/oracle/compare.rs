@@ -113,6 +113,8 @@ struct Own {
 /// 32 bits or not; of an MMX instruction, the x87 state before (AMD) or after (Intel) its change to MMX. An x87 store
 /// that raises an exception which is not masked accesses memory (AMD) or does not (Intel). How far a gather has come shows in its
 /// destination and mask; `strict`: as on Intel's. What a conversion raises whose store faults is raised before or after.
+/// `xrstor` that faults in the middle has loaded some of its components, and some processors touch the place of one
+/// that the header says is not there, or look at the header before they look whether all of the area is.
 fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own {
     let faulted = |o: &Outcome| o.vector == PAGE_FAULT || o.vector == GENERAL_PROTECTION;
     let repeats = |i: &Instruction| i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
@@ -120,9 +122,18 @@ fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own
     // With a count of 0 Intel's cut the registers as well.
     let mut own =
         Own { upper_halves: instructions(case).iter().any(|i| repeats(i) && narrow(i)), ..Own::default() };
+    let restores = |i: &Instruction| matches!(i.mnemonic(), Mnemonic::Xrstor | Mnemonic::Xrstor64);
+    let missing =
+        host.vector == PAGE_FAULT || (ours.vector == PAGE_FAULT && host.vector == GENERAL_PROTECTION);
+    if missing && instructions(case).iter().any(|i| i.ip() == host.rip && restores(i)) {
+        own.ignore = true;
+    }
     let Some(insn) = instructions(case).into_iter().find(|i| i.ip() == ours.rip) else { return own };
     if insn.is_vsib() && ours.vector != END && !strict {
         own.vectors = 1 << insn.op0_register().number() | 1 << insn.op2_register().number();
+    }
+    if restores(&insn) && host.rip == ours.rip && faulted(host) {
+        (own.x87, own.vectors) = (true, !0);
     }
     let both = host.vector != END && ours.vector != END && host.rip == ours.rip;
     if both && insn.mnemonic() == Mnemonic::Vcvtps2ph && insn.op0_kind() == OpKind::Memory {
@@ -135,7 +146,7 @@ fn own_affairs(case: &Case, host: &Outcome, ours: &Outcome, strict: bool) -> Own
     let status = fx_number(&host.fx.0, 2, 2);
     own.ignore |= x87 && host.rip != ours.rip && status & 0x80 != 0;
     own.flags = repeats(&insn) && host.rip == ours.rip;
-    own.x87 = host.rip == ours.rip
+    own.x87 |= host.rip == ours.rip
         && (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm());
     own
 }
@@ -181,11 +192,14 @@ fn instructions(case: &Case) -> Vec<Instruction> {
     Decoder::with_ip(64, &case.code[..case.len], CODE, case.decoding).iter().collect()
 }
 
+const XSAVE: [CpuidFeature; 3] = [CpuidFeature::XSAVE, CpuidFeature::XSAVEOPT, CpuidFeature::XSAVEC];
+
 /// Whether an instruction moves memory in pieces whose order no manual tells.
 fn in_pieces(case: &Case) -> bool {
     use Mnemonic as M;
     instructions(case).iter().any(|i| {
         masked(i.mnemonic())
+            || i.cpuid_features().iter().any(|f| XSAVE.contains(f))
             || matches!(i.mnemonic(), M::Fldenv | M::Fnstenv | M::Fstenv | M::Frstor | M::Fnsave | M::Fsave)
     })
 }

@@ -54,6 +54,7 @@ impl Generator {
             rflags: r.next() & (ARITHMETIC | if r.chance(25) { 0x400 } else { 0 }) | 0x202,
             fx: fx_area(&mut r),
             uppers: uppers(&mut r),
+            present: 7,
             undefined: 0,
         };
         for reg in &mut case.gpr {
@@ -146,7 +147,7 @@ fn pointer(r: &mut Random, room: u64) -> u64 {
 }
 
 /// x87, MMX and SSE state: any values, mostly masked exceptions.
-fn fx_area(r: &mut Random) -> FxArea {
+pub(super) fn fx_area(r: &mut Random) -> FxArea {
     let mut fx = FxArea([0; 512]);
     fill(r.next(), &mut fx.0[32..416]);
     let precision = r.pick(&[0x300_u16, 0x300, 0x300, 0x200, 0]);

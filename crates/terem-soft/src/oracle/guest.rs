@@ -27,7 +27,7 @@ const PATIENCE: usize = 1_000_000;
 
 /// A vCPU for experiments.
 pub(crate) struct Guest {
-    pub(crate) cpu: Box<Cpu>,
+    pub(crate) cpu: crate::low::Low<Cpu>,
 }
 
 impl Guest {
@@ -121,7 +121,6 @@ impl Guest {
     pub(super) fn run_translated(&mut self, case: &Case) -> Outcome {
         self.set_up(case);
         let cpu = &mut self.cpu;
-        cpu.take_thread();
         cpu.memory.marks().written(CODE_PAGE as u64 >> 12);
         cpu.rip = CODE;
         cpu.native.link = NO_LINK;
@@ -164,7 +163,7 @@ impl Guest {
         let cpu = &mut self.cpu;
         cpu.gpr[..16].copy_from_slice(&case.gpr);
         cpu.set_rflags(case.rflags);
-        load_vectors(cpu, &case.fx, &case.uppers);
+        load_vectors(cpu, &case.fx, &case.uppers, case.present as u8);
     }
 
     fn outcome(&mut self, rip: u64, fault: Option<Fault>) -> Outcome {
@@ -208,13 +207,15 @@ impl Guest {
     }
 }
 
-fn load_vectors(cpu: &mut Cpu, fx: &FxArea, uppers: &Uppers) {
+fn load_vectors(cpu: &mut Cpu, fx: &FxArea, uppers: &Uppers, present: u8) {
     let mut area = vec![0; XSAVE_SIZE];
     area[..512].copy_from_slice(&fx.0);
-    area[512] = 3;
+    area[512] = present & 3;
     if cpu.mode.avx == Unit::On {
         area[UPPERS..UPPERS + 256].copy_from_slice(uppers);
-        area[512] = 7;
+        area[512] = present & 7;
     }
     cpu.load_xsave(&area).expect("a case's FXSAVE area is valid");
+    // MXCSR is in no component of its own.
+    cpu.set_mxcsr(u32::from_le_bytes(std::array::from_fn(|i| fx.0[24 + i])));
 }

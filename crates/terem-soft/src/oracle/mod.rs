@@ -20,6 +20,7 @@ mod generate;
 pub(crate) mod guest;
 mod native;
 mod testable;
+mod xsave;
 
 use std::collections::BTreeMap;
 

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::case::{BATCH, CODE, Case, DATA, DATA_LEN, Outcome, READ_ONLY, fill};
 
@@ -28,6 +29,8 @@ struct Shared {
 pub(super) struct Native {
     shared: *mut Shared,
     child: Option<Child>,
+    /// The pages of the experiments lie at fixed addresses.
+    _one: MutexGuard<'static, ()>,
 }
 
 struct Child {
@@ -59,8 +62,10 @@ fn map(at: u64, len: usize, prot: i32, flags: i32, fd: RawFd) -> *mut u8 {
 }
 
 impl Native {
-    /// Maps the pages of the experiments. Once in a process.
+    /// Maps the pages of the experiments. One at a time in a process: others wait.
     pub(super) fn new() -> Self {
+        static ONE: Mutex<()> = Mutex::new(());
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: plain system calls.
         let fd = unsafe { libc::memfd_create(c"oracle".as_ptr(), 0) };
@@ -81,7 +86,9 @@ impl Native {
         WRITABLE.store(writable, Ordering::Relaxed);
         // SAFETY: just mapped.
         unsafe { (*shared.cast::<Shared>()).avx = is_x86_feature_detected!("avx") };
-        Self { shared: shared.cast(), child: None }
+        // SAFETY: the mapping at CODE keeps the file.
+        unsafe { libc::close(fd) };
+        Self { shared: shared.cast(), child: None, _one: one }
     }
 
     /// Runs up to [`BATCH`] cases.
@@ -114,6 +121,18 @@ impl Drop for Native {
         if let Some(child) = self.child.take() {
             child.bury();
         }
+        let writable = WRITABLE.load(Ordering::Relaxed);
+        let maps = [
+            (self.shared.cast(), size_of::<Shared>()),
+            (writable, 0x1000),
+            (CODE as *mut u8, 0x1000),
+            (DATA as *mut u8, DATA_LEN),
+            (READ_ONLY as *mut u8, 0x1000),
+        ];
+        // SAFETY: the mappings made in `new`; the next one's are made only after this.
+        maps.iter().for_each(|&(at, len)| unsafe {
+            libc::munmap(at.cast(), len);
+        });
     }
 }
 
@@ -251,7 +270,7 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         regs[libc::REG_EFL as usize] = case.rflags as i64;
         regs[libc::REG_RIP as usize] = CODE as i64;
         // The first 464 bytes are FXSAVE's; then come the kernel's marks and, at 512, XSAVE's header,
-        // which must say that x87 and SSE state are there.
+        // which says what of x87, SSE and AVX state is there.
         ptr::copy_nonoverlapping(case.fx.0.as_ptr(), fp, 24);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(24), fp.add(24), 4);
         ptr::copy_nonoverlapping(case.fx.0.as_ptr().add(32), fp.add(32), 384);
@@ -259,6 +278,7 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         if shared.avx {
             ptr::copy_nonoverlapping(case.uppers.as_ptr(), fp.add(UPPERS), 256);
         }
-        present.write_unaligned(present.read_unaligned() | if shared.avx { 7 } else { 3 });
+        let had = if shared.avx { 7 } else { 3 };
+        present.write_unaligned(present.read_unaligned() & !had | case.present & had);
     }
 }

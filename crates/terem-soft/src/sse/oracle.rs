@@ -82,7 +82,7 @@ pub(crate) struct Oracle {
     /// Where the instruction goes.
     place: u64,
     set: InstructionSet,
-    cpu: Box<Cpu>,
+    cpu: crate::low::Low<Cpu>,
     _one: MutexGuard<'static, ()>,
 }
 

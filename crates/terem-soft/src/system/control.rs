@@ -1,12 +1,12 @@
 //! Control and debug registers, descriptor-table registers, flags, halting, caches and TLB.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
-use terem_cpu::{DescriptorTable, VcpuState, rflags, xstate};
+use terem_cpu::{DescriptorTable, rflags, xstate};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::decode::{CodeSize, Mode, gpr_number};
 use crate::fault::{Exec, Fault};
-use crate::op::{ADDR16, ADDR32, FLAT, Handler, Op};
+use crate::op::{Handler, Op};
 use crate::vm86::InterruptFlag;
 
 /// CPUID leaf 0Dh, subleaf 1: XSAVEC and XSAVES, which have the compacted format.
@@ -63,18 +63,6 @@ pub(super) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Han
         Mnemonic::Xsetbv => xsetbv,
         Mnemonic::Rdpkru => rdpkru,
         Mnemonic::Wrpkru => wrpkru,
-        Mnemonic::Monitor => {
-            op.flags |= match insn.code() {
-                Code::Monitorw => ADDR16,
-                Code::Monitord => ADDR32,
-                _ => 0,
-            };
-            if op.segment == FLAT {
-                op.segment = VcpuState::DS as u8;
-            }
-            monitor
-        }
-        Mnemonic::Mwait => mwait,
         _ => return None,
     })
 }
@@ -211,7 +199,8 @@ impl Cpu {
         Ok(())
     }
 
-    pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
+    /// The bits of CR4 that the model has.
+    pub(crate) fn known_cr4(&self) -> u64 {
         let f = &self.cpuid.model().features;
         let mut known = cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE;
         known |= cr4::OSFXSR | cr4::OSXMMEXCPT;
@@ -230,6 +219,11 @@ impl Cpu {
                 known |= bit;
             }
         }
+        known
+    }
+
+    pub(crate) fn set_cr4(&mut self, value: u64) -> Exec {
+        let known = self.known_cr4();
         let changed = self.cr4 ^ value;
         let pcid_on = changed & value & cr4::PCIDE != 0;
         let bad = value & !known != 0
@@ -467,34 +461,4 @@ fn wrpkru(cpu: &mut Cpu, _: &Op) -> Exec {
     }
     cpu.set_pkru(cpu.gpr[0] as u32);
     Ok(())
-}
-
-/// Stores are not watched: `mwait` may end at any time, and does at once (Intel SDM vol. 2, MWAIT).
-fn monitor(cpu: &mut Cpu, op: &Op) -> Exec {
-    supervisor_only(cpu)?;
-    let offset = match op.flags & (ADDR16 | ADDR32) {
-        0 => cpu.gpr[0],
-        ADDR32 => cpu.gpr[0] & 0xffff_ffff,
-        _ => cpu.gpr[0] & 0xffff,
-    };
-    if cpu.gpr[1] as u32 != 0 {
-        return Err(Fault::GP0);
-    }
-    let at = cpu.linear(op, offset, 1, false)?;
-    cpu.load_in::<u8>(at, op.segment).map(drop)
-}
-
-fn mwait(cpu: &mut Cpu, _: &Op) -> Exec {
-    supervisor_only(cpu)?;
-    // Bit 0: interrupts end it even where they are masked.
-    if cpu.gpr[1] as u32 & !1 != 0 {
-        return Err(Fault::GP0);
-    }
-    std::thread::yield_now();
-    Ok(())
-}
-
-/// `#UD` outside privilege 0.
-fn supervisor_only(cpu: &Cpu) -> Exec {
-    if cpu.cpl == 0 { Ok(()) } else { Err(Fault::UD) }
 }

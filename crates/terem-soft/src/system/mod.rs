@@ -2,12 +2,13 @@
 //! `syscall` and `sysenter`, MSRs, CPUID, ports, and everything privileged.
 
 mod control;
+mod monitor;
 mod msr;
 mod ports;
 mod segments;
 mod transfer;
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
 use crate::decode::Mode;
@@ -16,12 +17,18 @@ use crate::op::{Handler, Op};
 
 /// Chooses the handler of a system instruction.
 pub(crate) fn handler(insn: &Instruction, mode: Mode, op: &mut Op) -> Option<Handler> {
+    if insn.mnemonic() == Mnemonic::Rsm {
+        return Some(crate::smm::rsm);
+    }
     control::handler(insn, mode, op)
+        .or_else(|| monitor::handler(insn, op))
         .or_else(|| segments::handler(insn, mode, op))
         .or_else(|| transfer::handler(insn, mode, op))
         .or_else(|| msr::handler(insn))
         .or_else(|| ports::handler(insn, mode, op))
 }
+
+pub(crate) use monitor::Monitored;
 
 impl Cpu {
     /// `#GP(0)` unless at privilege 0.

@@ -13,6 +13,8 @@ mod nr {
     pub(super) const APIC_BASE: u32 = 0x1b;
     pub(super) const TSC_ADJUST: u32 = 0x3b;
     pub(super) const BIOS_SIGN_ID: u32 = 0x8b;
+    /// Can be read in system management mode only.
+    pub(super) const SMBASE: u32 = 0x9e;
     pub(super) const MTRR_CAP: u32 = 0xfe;
     pub(super) const SYSENTER_CS: u32 = 0x174;
     pub(super) const SYSENTER_ESP: u32 = 0x175;
@@ -106,6 +108,7 @@ impl Cpu {
             nr::TSC => self.tsc(),
             nr::PLATFORM_ID | nr::BIOS_SIGN_ID | nr::MCG_STATUS => 0,
             nr::DEBUGCTL => m.debugctl,
+            nr::SMBASE if self.smm.active => u64::from(self.smm.base),
             nr::MCG_CAP => 0, // no banks
             nr::APIC_BASE => self.apic.base_msr(),
             nr::TSC_ADJUST => m.tsc_adjust,
@@ -220,7 +223,8 @@ impl Cpu {
         true
     }
 
-    fn write_efer(&mut self, value: u64) -> bool {
+    /// The bits of EFER that the model has.
+    pub(crate) fn known_efer(&self) -> u64 {
         let f = &self.cpuid.model().features;
         let mut known = efer::LMA;
         for (name, bit) in [("syscall", efer::SCE), ("lm", efer::LME), ("nx", efer::NXE)] {
@@ -228,6 +232,11 @@ impl Cpu {
                 known |= bit;
             }
         }
+        known
+    }
+
+    fn write_efer(&mut self, value: u64) -> bool {
+        let known = self.known_efer();
         let paging = self.cr0 & crate::cpu::cr0::PG != 0;
         if value & !known != 0 || (paging && (value ^ self.msrs.efer) & efer::LME != 0) {
             return false;

@@ -1,7 +1,11 @@
 //! Protection keys (Intel SDM vol. 3, 4.6.2).
 
 use iced_x86::code_asm::*;
+use terem_bus::Clock;
+use terem_cpu::Stop;
 
+use super::team::WAYS;
+use super::{PAGE_TABLE, PAGES, Rig, USER_CODE, WINDOW};
 use crate::cpu::{cr0, cr4};
 use crate::fault::{Fault, vector};
 use crate::oracle::guest::Guest;
@@ -53,7 +57,8 @@ fn keys_keep_from_reading_and_writing() {
     assert_eq!(g.cpu.cr2, DATA);
     // Without CR4.PKE the key means nothing, and nobody gets at PKRU.
     let _ = access(&mut g, 1 << 10);
-    g.cpu.set_cr4(g.cpu.cr4 & !cr4::PKE).unwrap();
+    let without = g.cpu.cr4 & !cr4::PKE;
+    g.cpu.set_cr4(without).unwrap();
     assert_eq!(run(&mut g, |a| a.mov(rax, ptr(rbx))), None);
     assert_eq!(run(&mut g, CodeAssembler::rdpkru), Some(Fault::UD));
 }
@@ -82,4 +87,60 @@ fn pkru_is_read_back_and_its_operands_are_checked() {
     (g.cpu.gpr[1], g.cpu.gpr[2]) = (1, 0);
     assert_eq!(run(&mut g, CodeAssembler::wrpkru), Some(Fault::GP0));
     assert_eq!(run(&mut g, CodeAssembler::rdpkru), Some(Fault::GP0));
+}
+
+/// Code that has run with one PKRU meets the next one, translated or not, and back again.
+#[test]
+fn running_code_follows_pkru() {
+    const PAGE: u64 = WINDOW + 0x3000;
+    for translate in WAYS {
+        for (user, denied) in [(true, 1_u32), (true, 2), (false, 1), (false, 2)] {
+            let mut rig = Rig::modelled("max", 1, Clock::manual(), None, translate);
+            if user {
+                rig.user();
+            }
+            rig.change(|s| s.cr4 |= cr4::PKE);
+            rig.put(PAGE_TABLE + 3 * 8, (5 << 59) + PAGES + 0x3067);
+            let program = |a: &mut CodeAssembler| {
+                let (mut round, mut again) = (a.create_label(), a.create_label());
+                a.mov(rsi, PAGE)?;
+                a.mov(r12d, 3)?;
+                a.set_label(&mut round)?;
+                for rights in [0, denied << 10] {
+                    // With the page's key denied others are used, and this one is only read where it may be.
+                    a.mov(eax, rights)?;
+                    a.xor(ecx, ecx)?;
+                    a.xor(edx, edx)?;
+                    a.wrpkru()?;
+                    a.mov(r13d, 200)?;
+                    a.set_label(&mut again)?;
+                    if rights == 0 {
+                        a.inc(qword_ptr(rsi))?;
+                    } else if denied == 2 {
+                        a.add(rbx, qword_ptr(rsi))?;
+                    }
+                    a.dec(r13d)?;
+                    a.jne(again)?;
+                    again = a.create_label();
+                }
+                a.dec(r12d)?;
+                a.jne(round)?;
+                // Now the loop that stored does so with its key denied.
+                a.mov(r13d, 200)?;
+                a.set_label(&mut again)?;
+                a.inc(r14)?;
+                a.mov(qword_ptr(rsi), r14)?;
+                a.dec(r13d)?;
+                a.jne(again)?;
+                a.ud2()
+            };
+            rig.load(if user { USER_CODE } else { super::CODE }, program);
+            assert_eq!((rig.vcpu.run(), rig.vector()), (Stop::Kicked, 14), "translate {translate}");
+            let s = rig.vcpu.save();
+            let code = u64::from(BY_KEY | WRITE) & if user { !0 } else { !4 };
+            assert_eq!((s.cr2, rig.stack(0), s.gpr[14]), (PAGE, code, 1), "translate {translate}");
+            let sum = if denied == 2 { 200 * (200 + 400 + 600) } else { 0 };
+            assert_eq!((rig.get(PAGES + 0x3000), s.gpr[3]), (600, sum), "translate {translate}");
+        }
+    }
 }

@@ -3,12 +3,19 @@
 
 mod apic;
 mod code_changes;
+mod cross_changes;
 mod debug;
 mod events;
 mod keys;
+mod many;
+mod mappings;
+mod monitor;
 mod msr;
 mod outside;
 mod paging;
+mod self_changes;
+mod smm;
+mod team;
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
@@ -76,11 +83,28 @@ impl Rig {
     }
 
     fn traced(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>) -> Self {
+        Self::made(cpus, clock, trace, true)
+    }
+
+    fn made(cpus: u32, clock: Clock, trace: Option<terem_cpu::Trace>, translate: bool) -> Self {
+        Self::modelled("terem64", cpus, clock, trace, translate)
+    }
+
+    /// A model and, after commas, what of it is switched on or off.
+    fn modelled(
+        model: &str,
+        cpus: u32,
+        clock: Clock,
+        trace: Option<terem_cpu::Trace>,
+        translate: bool,
+    ) -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 4 << 20 }]).unwrap();
+        let mut words = model.split(',');
+        let model = words.next().unwrap();
+        let flags: Vec<String> = words.map(str::to_owned).collect();
         let bus = Arc::new(Bus::new(clock));
-        let model = CpuModel::find("terem64", &[]).unwrap();
-        let config =
-            SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate: true, trace };
+        let model = CpuModel::find(model, &flags).unwrap();
+        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

@@ -1,43 +1,41 @@
-//! Memory accesses: each remembers the page that it last went to, so that the next one there is a subtraction, a comparison
-//! and an addition. Accesses off the same registers share what they remember within a translation; all accesses off RSP do
-//! so within a vCPU.
+//! Memory accesses: a look into a table of pages ([`crate::mmu::Quick`]) in line. The stack's page is remembered apart from
+//! it, which takes half as many instructions.
 
 use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
 
-use super::analyse::{Item, Kind, Memory};
+use super::analyse::{Item, Kind};
 use super::asm::host::{SP, T0, T1, T2};
 use super::asm::{Address, Jump, Place, cc};
 use super::emit::{Cold, Emitter, Recipe, at_home};
 use super::stubs::slot;
-use super::{Header, Site};
+use super::{Call, Site};
 use crate::cpu::Cpu;
-use crate::mmu::{Remembered, Tlb};
+use crate::mmu::{QUICK, Quick, Remembered, Tlb};
 use crate::op::IP_REG;
 
-/// What accesses have in common that share a page.
+/// Where an access looks for its page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct PageKey {
-    base: Register,
-    index: Register,
-    /// Of addresses relative to RIP or nothing: which page.
-    page: i64,
-    /// FS or GS.
-    segment: Register,
-    write: bool,
-}
-
-/// Where an access remembers its page.
-#[derive(Debug, Clone, Copy)]
 pub(super) enum Page {
-    /// In the vCPU, for the stack.
+    /// At the page of the stack.
     Stack,
-    /// At an address of the data beside the code.
-    At(u64),
+    /// In the table.
+    Table,
 }
 
-/// The jumps that are taken where an access is not to the page remembered; `back` is where to go on with the host
+/// Where a TLB set's page of the stack is.
+pub(super) fn stack(set: usize, field: usize) -> Place {
+    let stacks = offset_of!(Cpu, tlb) + offset_of!(Tlb, stacks);
+    Place::State(stacks + set * size_of::<Remembered>() + field)
+}
+
+/// Where a TLB set's table is.
+pub(super) fn table(set: usize) -> usize {
+    offset_of!(Cpu, tlb) + offset_of!(Tlb, quick) + set * size_of::<[Quick; QUICK]>()
+}
+
+/// The jumps that are taken where an access is not to a page that is known; `back` is where to go on with the host
 /// address in T0.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Miss {
@@ -54,67 +52,36 @@ fn on_stack(insn: &Instruction) -> bool {
 }
 
 impl Emitter<'_> {
-    /// Whether the translation of `item` remembers pages in the data beside the code.
-    pub(super) fn remembers(&self, item: &Item) -> bool {
-        let calls = matches!(item.kind, Kind::CallTo | Kind::JumpTo);
-        (item.memory.is_some() || calls) && !on_stack(&item.insn)
+    /// Where an access looks for its page.
+    pub(super) fn page(insn: &Instruction) -> Page {
+        if on_stack(insn) { Page::Stack } else { Page::Table }
     }
 
-    /// Sees to it that what the pages remember is of the present epoch. T1 and flags are lost.
-    pub(super) fn look_at_epoch(&mut self) {
-        let epoch = offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + self.set * 8;
-        self.asm.load(T1, Place::State(epoch));
-        self.asm.compare_rip(T1, self.data + offset_of!(Header, epoch) as u64);
-        let jump = self.asm.jump_if(cc::NE);
-        self.cold.push(Cold::Stale { jump, back: self.asm.code.len() });
-    }
-
-    /// The page of a memory operand.
-    pub(super) fn page(&mut self, insn: &Instruction, write: bool) -> Page {
-        if on_stack(insn) {
-            return Page::Stack;
-        }
-        let (base, index) = (insn.memory_base(), insn.memory_index());
-        let fixed = index == Register::None && matches!(base, Register::None | Register::RIP);
-        let prefixed = matches!(insn.memory_segment(), Register::FS | Register::GS);
-        let key = PageKey {
-            base,
-            index,
-            page: if fixed { insn.memory_displacement64() as i64 >> 12 } else { 0 },
-            segment: if prefixed { insn.memory_segment() } else { Register::None },
-            write,
-        };
-        let known = self.pages.iter().position(|k| *k == key);
-        let n = known.unwrap_or(self.pages.len());
-        if known.is_none() {
-            self.pages.push(key);
-        }
-        Page::At(self.data + (size_of::<Header>() + n * size_of::<Remembered>()) as u64)
-    }
-
-    /// A site for `item`; its address.
-    pub(super) fn site(&mut self, item: &Item, flow: bool) -> u64 {
-        let m = item.memory;
-        let size = m.map_or(8, |m| m.size);
+    /// A site for an access of `bytes` bytes by `item`; its address.
+    pub(super) fn site(&mut self, item: &Item, bytes: u32, mask: u8, flags: u8) -> u64 {
+        let shadow = if self.polls { Site::SHADOW } else { 0 };
         self.sites.push(Site {
-            op: item.op,
-            limit: 0x1000 - u16::from(size),
-            mask: m.map_or(0, Memory::mask),
-            size,
-            write: m.is_some_and(|m| m.write),
-            flow,
+            next: item.next(),
+            limit: 0x1000 - bytes as u16,
+            len: item.op.len,
+            mask,
+            flags: flags | shadow,
+            _pad: 0,
         });
         self.first_site + ((self.sites.len() - 1) * size_of::<Site>()) as u64
     }
 
-    /// A site for an access to the stack.
+    /// A site for an access of 8 bytes to the stack.
     pub(super) fn stack_site(&mut self, item: &Item, write: bool) -> u64 {
         let flow = !matches!(item.kind, Kind::Push | Kind::PushFlags | Kind::Pop | Kind::Leave);
-        let at = self.site(item, flow);
-        if let Some(site) = self.sites.last_mut() {
-            (site.size, site.limit, site.write, site.mask) = (8, 0xff8, write, 0);
-        }
-        at
+        let flags = if write { Site::WRITES } else { 0 } | if flow { Site::FLOW } else { 0 };
+        self.site(item, 8, 0, flags)
+    }
+
+    /// An instruction that is executed by its handler; the address of what that gets.
+    pub(super) fn call(&mut self, item: &Item, flow: bool) -> u64 {
+        self.calls.push(Call { op: item.op, flow });
+        self.first_call + ((self.calls.len() - 1) * size_of::<Call>()) as u64
     }
 
     /// The host register of a guest register as part of an address; those in memory are loaded to `scratch`.
@@ -163,31 +130,34 @@ impl Emitter<'_> {
         self.asm.op(true, &[0x03], to, Place::State(offset_of!(Cpu, segment_base) + segment * 8));
     }
 
-    /// An instruction on T0 or T1 with a field of what is remembered.
-    fn with_page(&mut self, opcode: u8, register: u8, page: Page, field: usize) {
-        match page {
-            Page::Stack => {
-                let stacks = offset_of!(Cpu, tlb) + offset_of!(Tlb, stacks);
-                let place = Place::State(stacks + self.set * size_of::<Remembered>() + field);
-                self.asm.op(true, &[opcode], register, place);
-            }
-            Page::At(address) => self.asm.op_rip(opcode, register, address + field as u64),
-        }
-    }
-
-    /// Turns the linear address in T0 into the host's, if `bytes` bytes there are on the page remembered, and none of the
-    /// bits of `mask` is set. The host's flags are lost.
+    /// Turns the linear address in T0 into the host's, if `bytes` bytes there are on a page that is known, and none of the
+    /// bits of `mask` is set. The host's flags and T1 are lost.
     pub(super) fn check(&mut self, page: Page, bytes: u32, mask: u8, write: bool) -> Miss {
-        self.with_page(0x2b, T0, page, offset_of!(Remembered, page)); // sub
+        const SHIFT: u8 = size_of::<Quick>().trailing_zeros() as u8;
+        let field = if write { offset_of!(Quick, write) } else { offset_of!(Quick, read) };
+        let (known, host) = match page {
+            Page::Stack => {
+                let at = |field| stack(self.set, field);
+                (at(offset_of!(Remembered, page)), at(offset_of!(Remembered, host)))
+            }
+            Page::Table => {
+                self.asm.copy(false, T1, T0);
+                self.asm.shift_right(false, T1, 12 - SHIFT);
+                self.asm.group1(false, 4, Place::Reg(T1), ((QUICK - 1) << SHIFT) as i32); // and
+                let table = table(self.set);
+                (Place::StateAt(T1, table + field), Place::StateAt(T1, table + offset_of!(Quick, host)))
+            }
+        };
         let a = &mut self.asm;
+        a.op(true, &[0x2b], T0, known); // sub
         a.group1(true, 7, Place::Reg(T0), 0x1000 - bytes as i32); // cmp
         let mut jumps = [Some(a.jump_if(cc::A)), None];
         if mask != 0 {
             a.bytes(&[0x41, 0xf6, 0xc3, mask]); // test r11b, mask
             jumps[1] = Some(a.jump_if(cc::NE));
         }
-        self.with_page(0x03, T0, page, offset_of!(Remembered, host)); // add
-        Miss { jumps, back: self.asm.code.len(), page, write }
+        a.op(true, &[0x03], T0, host); // add
+        Miss { jumps, back: a.code.len(), page, write }
     }
 
     /// [`Self::check`] for a push or pop.
@@ -195,26 +165,19 @@ impl Emitter<'_> {
         self.check(Page::Stack, 8, 0, write)
     }
 
-    /// Where an access of `site` is not on the page remembered: that is found anew, or the instruction done by Rust; the
-    /// code to go on with then comes next. `find`: the instruction is not to be done.
-    pub(super) fn miss(&mut self, miss: Miss, site: u64, recipe: Option<Recipe>, find: bool) {
+    /// Where the page of an access of `site` is not known: it is found, or the interpreter goes on; the code to go on with
+    /// then comes next.
+    pub(super) fn miss(&mut self, miss: Miss, site: u64, recipe: Option<Recipe>) {
         miss.jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
         self.flags_of(recipe);
         self.asm.lea_rip(T2, site);
-        let fill = &self.stubs.fill[self.set][usize::from(miss.write)][usize::from(find)];
-        match miss.page {
-            Page::Stack => self.asm.call_to(fill.stack),
-            Page::At(page) => {
-                self.asm.lea_rip(T1, page);
-                self.asm.call_to(fill.page);
-            }
-        }
-        let back = self.asm.jump();
-        self.asm.land_at(back, miss.back);
+        let fill = &self.stubs.fill[self.set][usize::from(miss.write)];
+        self.asm.call_to(if miss.page == Page::Stack { fill.stack } else { fill.table });
+        self.back(miss.back, false);
     }
 
-    /// After a store: does the page hold code now? Another vCPU may have decoded some from it since it was remembered. T1 is
-    /// lost.
+    /// After a store to the host address that T0 is near: does the page hold code now? Another vCPU may have decoded some
+    /// from it since it was put in the table. T1 and T2 are lost.
     pub(super) fn look_at_mark(&mut self, observed: bool, page: Page, site: u64) {
         if self.alone {
             return;
@@ -229,9 +192,18 @@ impl Emitter<'_> {
         self.cold.push(Cold::Marked { jump, site, recipe });
     }
 
-    /// Jumps if the page that a store went to holds code. T1 is where its mark is; flags are lost.
+    /// Jumps if the page that a store went to holds code. T1 is where its mark is; flags and T2 are lost.
     pub(super) fn is_marked(&mut self, page: Page) -> Jump {
-        self.with_page(0x8b, T1, page, offset_of!(Remembered, mark));
+        match page {
+            Page::Stack => self.asm.load(T1, stack(self.set, offset_of!(Remembered, mark))),
+            Page::Table => {
+                self.asm.copy(true, T1, T0);
+                self.asm.op(true, &[0x2b], T1, Place::State(offset_of!(Cpu, window)));
+                self.asm.shift_right(true, T1, 12);
+                self.asm.load(T2, Place::State(offset_of!(Cpu, marks)));
+                self.asm.lea(true, T1, Address { base: Some(T2), index: Some((T1, 2)), disp: 0 });
+            }
+        }
         self.asm.op(false, &[0xf6], 0, Place::At(T1, 0)); // test byte [t1], CODE
         self.asm.code.push(terem_memory::CODE as u8);
         self.asm.jump_if(cc::NE)

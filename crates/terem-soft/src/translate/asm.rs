@@ -36,7 +36,7 @@ pub(super) mod cc {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place {
     Reg(u8),
-    /// A field of [`Cpu`], by its offset from GS.
+    /// A field of [`Cpu`], by its offset.
     State(usize),
     /// A field of [`Cpu`] plus a register.
     StateAt(u8, usize),
@@ -61,6 +61,8 @@ pub(super) struct Jump(pub(super) usize);
 #[derive(Debug, Default)]
 pub(super) struct Asm {
     pub(super) code: Vec<u8>,
+    /// Where the vCPU lies, below 2 GiB. (Behind GS its fields would be two cycles further away.)
+    pub(super) state: u32,
     /// Where the first byte will be executed.
     pub(super) base: u64,
     /// Where code that is executed rarely begins in `code`, and where that will be executed.
@@ -90,9 +92,6 @@ impl Asm {
 
     /// An instruction with ModRM: `opcode reg, place`, or `/reg` as an extension of the opcode.
     pub(super) fn op(&mut self, wide: bool, opcode: &[u8], reg: u8, place: Place) {
-        if matches!(place, Place::State(_) | Place::StateAt(..)) {
-            self.code.push(0x65);
-        }
         let low = match place {
             Place::Reg(r) | Place::StateAt(r, _) | Place::At(r, _) => r,
             Place::State(_) => 0,
@@ -107,9 +106,9 @@ impl Asm {
             Place::Reg(r) => self.code.push(0xc0 | reg | r & 7),
             Place::State(offset) => {
                 self.bytes(&[reg | 4, 0x25]);
-                self.imm32(offset as i32);
+                self.imm32(self.state as i32 + offset as i32);
             }
-            Place::StateAt(r, offset) => self.based(reg, r, offset as i32, true),
+            Place::StateAt(r, offset) => self.based(reg, r, self.state as i32 + offset as i32, true),
             Place::At(r, disp) => self.based(reg, r, disp, false),
         }
     }
@@ -240,6 +239,19 @@ impl Asm {
     pub(super) fn jump_if(&mut self, condition: u8) -> Jump {
         self.bytes(&[0x0f, 0x80 | condition, 0, 0, 0, 0]);
         Jump(self.code.len() - 4)
+    }
+
+    /// A conditional jump over at most 127 bytes, to be landed by [`Self::land_short`].
+    pub(super) fn short_jump_if(&mut self, condition: u8) -> Jump {
+        self.bytes(&[0x70 | condition, 0]);
+        Jump(self.code.len() - 1)
+    }
+
+    /// Lets a short jump lead to the present place.
+    pub(super) fn land_short(&mut self, jump: Jump) {
+        let distance = self.code.len() - jump.0 - 1;
+        debug_assert!(distance < 0x80);
+        self.code[jump.0] = distance as u8;
     }
 
     pub(super) fn jump(&mut self) -> Jump {

@@ -2,7 +2,7 @@
 //! reaches relative to RIP lies behind it.
 //!
 //! ```text
-//!   executed      stubs and hot code │ cold code │ links │ pages remembered │ sites
+//!   executed      stubs and hot code │ cold code │ links │ sites │ calls
 //!   written       the same memory    ┘
 //! ```
 
@@ -16,7 +16,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 const ALL_CODE: usize = 192 << 20;
 /// The least and the most that one vCPU has.
 const CODE: std::ops::RangeInclusive<usize> = 8 << 20..=96 << 20;
-/// Bytes of code, pages or sites that one translation takes at most.
+/// Bytes of code or sites that one translation takes at most.
 const ONE: usize = 256 << 10;
 
 /// A range of the memory, and how much of it is used.
@@ -43,8 +43,8 @@ pub(super) struct CodeMemory {
     hot: Part,
     cold: Part,
     links: Part,
-    pages: Part,
     sites: Part,
+    calls: Part,
 }
 
 // SAFETY: the mappings belong to this value alone.
@@ -61,8 +61,7 @@ impl CodeMemory {
             Part { begin, end, used: begin }
         };
         let (hot, cold, links) = (part(code / 2), part(code / 2), part(code / 8));
-        let (mut pages, sites) = (part(code / 4), part(code / 2));
-        pages.used += Self::NOTHING;
+        let (sites, calls) = (part(code / 4), part(code / 4));
         let file = memfd_create("terem code", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, code as u64)?;
         // SAFETY: new mappings at addresses of the kernel's choice; then, over the first one's own pages, the same
@@ -72,7 +71,7 @@ impl CodeMemory {
             let flags = MapFlags::SHARED | MapFlags::NORESERVE;
             let run = mmap_anonymous(
                 none,
-                sites.end,
+                calls.end,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )?;
@@ -82,12 +81,9 @@ impl CodeMemory {
             let (Some(run), Some(write)) = (NonNull::new(run), NonNull::new(write)) else {
                 return Err(io::ErrorKind::OutOfMemory.into());
             };
-            Ok(Self { run, write, hot, cold, links, pages, sites })
+            Ok(Self { run, write, hot, cold, links, sites, calls })
         }
     }
-
-    /// The pages remembered begin with one of the host's that means nothing.
-    const NOTHING: usize = 0x1000;
 
     fn at(&self, offset: usize) -> *mut u8 {
         // SAFETY: offsets are of the parts, which lie in the mapping.
@@ -114,34 +110,29 @@ impl CodeMemory {
         self.links.end - self.links.begin
     }
 
-    /// The host address of a page that means nothing, may be written, and is nobody's.
-    pub(super) fn nothing(&self) -> u64 {
-        self.at(self.pages.begin) as u64
-    }
-
-    /// Where the next pages will be remembered, aligned to 8.
-    pub(super) fn next_pages(&self) -> *mut u8 {
-        self.at(self.pages.used)
-    }
-
     /// Where the next sites will lie, aligned to 8.
     pub(super) fn next_sites(&self) -> *mut u8 {
         self.at(self.sites.used)
     }
 
-    /// Takes bytes (multiples of 8) at [`Self::next_pages`] and [`Self::next_sites`]; false if there is no room.
-    pub(super) fn take(&mut self, pages: usize, sites: usize) -> bool {
-        let fits = self.pages.fits(pages) && self.sites.fits(sites);
+    /// Where the next calls will lie, aligned to 8.
+    pub(super) fn next_calls(&self) -> *mut u8 {
+        self.at(self.calls.used)
+    }
+
+    /// Takes bytes (multiples of 8) at [`Self::next_sites`] and [`Self::next_calls`]; false if there is no room.
+    pub(super) fn take(&mut self, sites: usize, calls: usize) -> bool {
+        let fits = self.sites.fits(sites) && self.calls.fits(calls);
         if fits {
-            self.pages.used += pages;
             self.sites.used += sites;
+            self.calls.used += calls;
         }
         fits
     }
 
     /// Whether there may be no room for another translation.
     pub(super) fn is_nearly_full(&self) -> bool {
-        [self.hot, self.cold, self.pages, self.sites].iter().any(|part| !part.fits(ONE))
+        [self.hot, self.cold, self.sites, self.calls].iter().any(|part| !part.fits(ONE))
     }
 
     /// Bytes of code.
@@ -188,8 +179,8 @@ impl CodeMemory {
     pub(super) fn clear(&mut self) {
         self.hot.used = self.hot.begin;
         self.cold.used = self.cold.begin;
-        self.pages.used = self.pages.begin + Self::NOTHING;
         self.sites.used = self.sites.begin;
+        self.calls.used = self.calls.begin;
     }
 }
 
@@ -197,7 +188,7 @@ impl Drop for CodeMemory {
     fn drop(&mut self) {
         // SAFETY: the mappings made in `new`, which nobody uses any more.
         unsafe {
-            let _ = munmap(self.run.as_ptr().cast(), self.sites.end);
+            let _ = munmap(self.run.as_ptr().cast(), self.calls.end);
             let _ = munmap(self.write.as_ptr().cast(), self.cold.end);
         }
     }

@@ -2,13 +2,14 @@
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::Site;
-use super::access::{Miss, PageKey};
+use super::access::Miss;
 use super::analyse::{Item, Kind};
 use super::asm::host::{RAX, RDX, RSP, SP, T0, T1, T2};
 use super::asm::{Address, Asm, Jump, Place, cc};
 use super::flow::NewLink;
 use super::stubs::{Stubs, native, slot};
+use super::{Call, Site};
+use crate::mmu::USER;
 use crate::op::IP_REG;
 
 /// Where the guest's arithmetic flags are. What is said here is true of all of them at once.
@@ -33,13 +34,10 @@ pub(super) struct Recipe {
 /// Code out of the way: what happens rarely.
 #[derive(Debug)]
 pub(super) enum Cold {
-    /// A memory access to another page than the last one. `done`: where to go on when Rust has done the instruction, and
-    /// whether the host has the flags there; `None` if it never does.
-    Miss { miss: Miss, site: u64, recipe: Option<Recipe>, done: Option<(usize, bool)> },
+    /// A memory access to a page that is not known.
+    Miss { miss: Miss, site: u64, recipe: Option<Recipe> },
     /// A division that faults or may do so.
-    Divide { jumps: [Option<Jump>; 2], site: u64, recipe: Option<Recipe>, next: usize, restore: bool },
-    /// The sites belong to another epoch.
-    Stale { jump: Jump, back: usize },
+    Divide { jumps: [Option<Jump>; 2], call: u64, recipe: Option<Recipe>, next: usize, restore: bool },
     /// A store has hit a page with code.
     Marked { jump: Jump, site: u64, recipe: Option<Recipe> },
     /// A call's push has.
@@ -52,19 +50,10 @@ pub(super) enum Cold {
     Vectors { jump: Jump, back: usize, site: u64, recipe: Option<Recipe> },
     /// Leaves for an offset of the page.
     LeaveFor { jump: Jump, offset: i64 },
-    /// Pushes or pops that do not lie on the page remembered.
-    Run { miss: Miss, site: u64, items: Vec<Item>, recipe: Option<Recipe>, done: (usize, bool) },
-    /// Accesses that do not lie on the page remembered.
-    Group {
-        miss: Miss,
-        site: u64,
-        items: Vec<Item>,
-        recipe: Option<Recipe>,
-        done: (usize, bool),
-        vectors: bool,
-    },
     /// Leaves by a link.
     Leave { jumps: Vec<Jump>, link: u32 },
+    /// A link to another page, `pages` bytes on, is not good as things are: perhaps it can be made so. If not, it is left by.
+    Elsewhere { jumps: [Jump; 2], data: u64, pages: i32, back: usize, link: u32 },
     /// A conditional jump to another page.
     Cross { jump: Jump, offset: i64, saves: bool },
 }
@@ -92,14 +81,13 @@ pub(super) struct Emitter<'a> {
     /// What comes after the instruction that is being emitted.
     pub(super) next_kind: Option<Kind>,
     pub(super) sites: Vec<Site>,
-    /// Where the header of the pages will lie.
-    pub(super) data: u64,
+    pub(super) calls: Vec<Call>,
+    /// Where the first of them will lie.
+    pub(super) first_call: u64,
     /// There is no other vCPU.
     pub(super) alone: bool,
     /// Where code that is executed rarely will lie.
     pub(super) cold_base: u64,
-    /// The pages that it remembers.
-    pub(super) pages: Vec<PageKey>,
     /// Where the first site will lie.
     pub(super) first_site: u64,
     pub(super) cold: Vec<Cold>,
@@ -144,9 +132,10 @@ impl<'a> Emitter<'a> {
         bytes: &'a [u8],
         start: u16,
         set: usize,
+        state: u32,
     ) -> Self {
         Self {
-            asm: Asm { code: Vec::with_capacity(1024), ..Asm::default() },
+            asm: Asm { code: Vec::with_capacity(1024), state, ..Asm::default() },
             stubs,
             encoder,
             info: InstructionInfoFactory::new(),
@@ -159,10 +148,10 @@ impl<'a> Emitter<'a> {
             polls: false,
             next_kind: None,
             sites: Vec::with_capacity(32),
-            data: 0,
+            calls: Vec::new(),
+            first_call: 0,
             alone: false,
             cold_base: 0,
-            pages: Vec::with_capacity(8),
             first_site: 0,
             cold: Vec::new(),
             links: Vec::new(),
@@ -178,9 +167,6 @@ impl<'a> Emitter<'a> {
         // What comes after a change of the TLB set is another translation.
         let end = items.iter().position(|i| self.changes_set(i)).map_or(items.len(), |i| i + 1);
         let items = &items[..end];
-        if items.iter().any(|i| self.remembers(i)) {
-            self.look_at_epoch();
-        }
         let mut at = 0;
         while at < items.len() {
             let run = self.stack_run(&items[at..]);
@@ -216,8 +202,8 @@ impl<'a> Emitter<'a> {
     pub(super) fn item(&mut self, item: &Item) {
         // If it cannot be encoded, what was emitted of it is taken back.
         let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
-        let (sites, cold, links, crosses, pages) =
-            (self.sites.len(), self.cold.len(), self.links.len(), self.crosses, self.pages.len());
+        let (sites, calls) = (self.sites.len(), self.calls.len());
+        let (cold, links, crosses) = (self.cold.len(), self.links.len(), self.crosses);
         let done = match item.kind {
             Kind::Nothing => Ok(()),
             Kind::Direct => self.direct(item),
@@ -239,7 +225,7 @@ impl<'a> Emitter<'a> {
             self.asm.code.truncate(len);
             (self.flags, self.vectors) = (flags, vectors);
             self.sites.truncate(sites);
-            self.pages.truncate(pages);
+            self.calls.truncate(calls);
             self.cold.truncate(cold);
             self.links.truncate(links);
             self.crosses = crosses;
@@ -249,8 +235,8 @@ impl<'a> Emitter<'a> {
 
     pub(super) fn handler(&mut self, item: &Item, ends: bool) {
         self.flags_to_memory();
-        let site = self.site(item, ends);
-        self.asm.lea_rip(T1, site);
+        let call = self.call(item, ends);
+        self.asm.lea_rip(T1, call);
         self.asm.call_to(self.stubs.handler);
         self.flags = Flags { host: false, memory: true, recipe: None };
     }
@@ -390,14 +376,7 @@ impl<'a> Emitter<'a> {
                 });
                 insn.set_segment_prefix(Register::None);
             }
-            let encoded = self.encoder.encode(&insn, 0);
-            let mut code = self.encoder.take_buffer();
-            if encoded.is_ok() {
-                self.asm.bytes(&code);
-            }
-            code.clear();
-            self.encoder.set_buffer(code);
-            encoded.map_err(|_| CannotEncode)?;
+            self.encoded(&insn)?;
         } else {
             let at = usize::from(item.start() - self.start);
             let (from, to) = (at, at + usize::from(item.op.len));
@@ -412,21 +391,28 @@ impl<'a> Emitter<'a> {
         Ok((begin, end))
     }
 
-    /// How the flags of an instruction without memory operand can be made again.
+    /// How the flags of an instruction without memory operand can be made again. `begin..end` is its code, in which a
+    /// register that lives in memory is T2, if it is the only one.
     fn recipe(&self, item: &Item, begin: usize, end: usize) -> Option<Recipe> {
         use Mnemonic as M;
         let insn = &item.insn;
         if insn.op_count() != 2 || insn.op0_kind() != OpKind::Register || item.memory.is_some() {
             return None;
         }
-        let mut registers = 0;
+        let (mut registers, mut home) = (0, None);
         for n in 0..2 {
             if insn.op_kind(n) == OpKind::Register {
                 let r = insn.op_register(n);
-                if at_home(r).is_some() || !r.is_gpr() {
+                if !r.is_gpr() {
                     return None;
                 }
                 registers |= 1 << r.full_register().number();
+                if let Some(at) = at_home(r) {
+                    if home.is_some_and(|h| h != at) {
+                        return None;
+                    }
+                    home = Some(at);
+                }
             }
         }
         let code = &self.asm.code[begin..end];
@@ -436,12 +422,96 @@ impl<'a> Emitter<'a> {
             M::Cmp | M::Test => code.to_vec(),
             M::Add | M::Sub if !same => [inverse(code)?.as_slice(), code].concat(),
             M::And | M::Or | M::Xor => {
-                registers = 1 << insn.op0_register().full_register().number();
-                test(insn.op0_register())?
+                let result = insn.op0_register();
+                let number = result.full_register().number();
+                registers = 1 << number;
+                home = at_home(result);
+                test(if home.is_some() { namesake(result, T2) } else { result })?
             }
             _ => return None,
         };
-        Some(Recipe { code, registers })
+        let mut all = self.aside();
+        if let Some(home) = home {
+            all.load(T2, slot(home));
+        }
+        all.bytes(&code);
+        Some(Recipe { code: all.code, registers })
+    }
+
+    /// The guest's instruction on memory at `[T0 + disp]`, and how its flags can be made again. T1 and T2 are lost.
+    pub(super) fn access(&mut self, item: &Item, disp: i32) -> Result<Option<Recipe>, CannotEncode> {
+        let Some(size) = self.compares(item) else {
+            self.encode(item, &[T2, T1], disp)?;
+            return Ok(None);
+        };
+        // What is compared is kept: so the next access need not save the flags.
+        let (wide, opcode): (bool, &[u8]) = match size {
+            1 => (false, &[0x0f, 0xb6]), // movzx
+            2 => (false, &[0x0f, 0xb7]),
+            4 => (false, &[0x8b]),
+            _ => (true, &[0x8b]),
+        };
+        self.asm.op(wide, opcode, T2, Place::At(T0, disp));
+        self.asm.store(native!(compared), T2);
+        let (mut insn, mut registers) = (item.insn, 0);
+        for n in 0..insn.op_count() {
+            match insn.op_kind(n) {
+                OpKind::Memory => {
+                    let register = match size {
+                        1 => Register::R9L,
+                        2 => Register::R9W,
+                        4 => Register::R9D,
+                        _ => Register::R9,
+                    };
+                    insn.set_op_kind(n, OpKind::Register);
+                    insn.set_op_register(n, register);
+                }
+                OpKind::Register => {
+                    let register = insn.op_register(n);
+                    registers |= 1 << register.full_register().number();
+                    if register.full_register() == Register::RSP {
+                        insn.set_op_register(n, namesake(register, SP));
+                    }
+                }
+                _ => {}
+            }
+        }
+        let begin = self.asm.code.len();
+        self.encoded(&insn)?;
+        let mut again = self.aside();
+        again.load(T2, native!(compared));
+        again.bytes(&self.asm.code[begin..]);
+        Ok(Some(Recipe { code: again.code, registers }))
+    }
+
+    /// Whether `item` compares memory with a value or a register that is in one of the host's, and somebody looks at that;
+    /// the operands' size.
+    fn compares(&self, item: &Item) -> Option<u8> {
+        let insn = &item.insn;
+        let known = matches!(insn.mnemonic(), Mnemonic::Cmp | Mnemonic::Test) && item.observed_after;
+        let simple = (0..insn.op_count()).all(|n| {
+            let register = insn.op_register(n);
+            insn.op_kind(n) != OpKind::Register
+                || (at_home(register).is_none() && !crate::decode::is_high_byte(register))
+        });
+        item.memory.map(|m| m.size).filter(|_| known && simple)
+    }
+
+    /// For code that is kept for later.
+    fn aside(&self) -> Asm {
+        Asm { state: self.asm.state, ..Asm::default() }
+    }
+
+    /// Emits an instruction as it is.
+    fn encoded(&mut self, insn: &Instruction) -> Result<(), CannotEncode> {
+        let encoded = self.encoder.encode(insn, 0);
+        let mut code = self.encoder.take_buffer();
+        if encoded.is_ok() {
+            self.asm.bytes(&code);
+        }
+        code.clear();
+        self.encoder.set_buffer(code);
+        encoded.map(|_| ()).map_err(|_| CannotEncode)
     }
 
     pub(super) fn direct(&mut self, item: &Item) -> Result<(), CannotEncode> {
@@ -455,25 +525,25 @@ impl<'a> Emitter<'a> {
             self.after(item, recipe);
             return Ok(());
         };
-        let site = self.site(item, false);
-        let page = self.page(&item.insn, memory.write);
+        let flags = if memory.write { Site::WRITES } else { 0 };
+        let site = self.site(item, memory.size.into(), memory.mask(), flags);
+        let page = Self::page(&item.insn);
         let recipe = self.protect();
         self.address(&item.insn, T0);
         let miss = self.check(page, memory.size.into(), memory.mask(), memory.write);
         self.prepare(item);
-        self.encode(item, &[T2, T1], 0)?;
-        self.after(item, None);
+        let again = self.access(item, 0)?;
+        self.after(item, again);
         if memory.write {
             self.look_at_mark(item.observed_after, page, site);
         }
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
+        self.cold.push(Cold::Miss { miss, site, recipe });
         Ok(())
     }
 
     pub(super) fn load_vectors(&mut self, item: &Item) {
         let recipe = self.protect();
-        let site = self.site(item, false);
+        let site = self.site(item, 1, 0, 0);
         self.asm.compare_byte(native!(vectors_loaded), 0);
         let jump = self.asm.jump_if(cc::E);
         self.cold.push(Cold::Vectors { jump, back: self.asm.code.len(), site, recipe });
@@ -503,7 +573,7 @@ impl<'a> Emitter<'a> {
 
     /// A division by a register that cannot overflow; the handler does the others.
     fn divide(&mut self, item: &Item, signed: bool) -> Result<(), CannotEncode> {
-        let site = self.site(item, false);
+        let call = self.call(item, false);
         let recipe = self.protect();
         let register = item.insn.op0_register();
         let wide = register.size() == 8;
@@ -525,7 +595,7 @@ impl<'a> Emitter<'a> {
         self.asm.op(wide, &[0xf7], if signed { 7 } else { 6 }, Place::Reg(divisor));
         self.after(item, None);
         let (next, restore) = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Divide { jumps, site, recipe, next, restore });
+        self.cold.push(Cold::Divide { jumps, call, recipe, next, restore });
         Ok(())
     }
 
@@ -551,24 +621,13 @@ impl<'a> Emitter<'a> {
 
     fn emit_one(&mut self, cold: Cold) {
         match cold {
-            Cold::Miss { miss, site, recipe, done } => {
-                self.miss(miss, site, recipe, false);
-                if let Some((next, restore)) = done {
-                    self.back(next, restore);
-                }
-            }
-            Cold::Divide { jumps, site, recipe, next, restore } => {
+            Cold::Miss { miss, site, recipe } => self.miss(miss, site, recipe),
+            Cold::Divide { jumps, call, recipe, next, restore } => {
                 jumps.into_iter().flatten().for_each(|j| self.asm.land(j));
                 self.flags_of(recipe);
-                self.asm.lea_rip(T1, site);
+                self.asm.lea_rip(T1, call);
                 self.asm.call_to(self.stubs.handler);
                 self.back(next, restore);
-            }
-            Cold::Stale { jump, back } => {
-                self.asm.land(jump);
-                self.asm.lea_rip(T1, self.data);
-                self.asm.call_to(self.stubs.forget[self.set]);
-                self.back(back, false);
             }
             Cold::Marked { jump, site, recipe } => {
                 self.asm.land(jump);
@@ -610,18 +669,20 @@ impl<'a> Emitter<'a> {
                 self.asm.lea_plus(T0, T0, offset as i32);
                 self.asm.jump_to(self.stubs.exit_to);
             }
-            Cold::Run { miss, site, items, recipe, done } => {
-                self.one_by_one(miss, site, &items, recipe, done);
-            }
-            Cold::Group { miss, site, items, recipe, done, vectors } => {
-                self.vectors = vectors;
-                self.one_by_one(miss, site, &items, recipe, done);
-            }
             Cold::Leave { jumps, link } => {
                 if jumps.is_empty() {
                     return;
                 }
                 jumps.into_iter().for_each(|j| self.asm.land(j));
+                self.asm.set(T1, u64::from(link));
+                self.asm.jump_to(self.stubs.exit);
+            }
+            Cold::Elsewhere { jumps, data, pages, back, link } => {
+                jumps.into_iter().for_each(|j| self.asm.land(j));
+                self.asm.lea_rip(T2, data);
+                self.asm.set(T1, i64::from(pages) as u64);
+                self.asm.call_to(self.stubs.same_code[usize::from(self.set == USER)]);
+                self.back(back, false);
                 self.asm.set(T1, u64::from(link));
                 self.asm.jump_to(self.stubs.exit);
             }

@@ -2,7 +2,9 @@
 //!
 //! A jump within its page is a direct jump: both ends are void when the page is written, and nothing can change where
 //! the page lies while its code runs. A jump to another page is looked at first: it is good for one linear address of
-//! its source and one epoch ([`crate::mmu::Tlb`]). Indirect jumps look into a table by linear address and epoch.
+//! its source and one epoch ([`crate::mmu::Tlb`]). Indirect jumps look into a table by linear address and epoch. Where it is
+//! only the address or the epoch that is another (another process, another turn of the same one), but the code at the
+//! target is the same, both are made good again in place ([`crate::mmu::Place`]).
 
 use std::mem::offset_of;
 
@@ -79,7 +81,7 @@ impl Emitter<'_> {
     }
 
     fn miss_flow(&mut self, miss: Miss, site: u64) {
-        self.cold.push(Cold::Miss { miss, site, recipe: None, done: None });
+        self.cold.push(Cold::Miss { miss, site, recipe: None });
     }
 
     /// An indirect jump or call.
@@ -93,7 +95,7 @@ impl Emitter<'_> {
                 return Err(CannotEncode);
             }
             let site = self.stack_site(item, false);
-            let page = self.page(insn, false);
+            let page = Self::page(insn);
             self.address(insn, T0);
             let miss = self.check(page, 8, 0, false);
             self.asm.load(T0, Place::At(T0, 0));
@@ -226,14 +228,14 @@ impl Emitter<'_> {
         let cross = self.first_cross + self.crosses;
         self.crosses += 1;
         let data = self.cross_data + u64::from(cross) * size_of::<CrossLink>() as u64;
-        let mut jumps = Vec::with_capacity(4);
         self.asm.load(T0, slot(IP_REG));
         self.asm.compare_rip(T0, data + offset_of!(CrossLink, page) as u64);
-        jumps.push(self.asm.jump_if(cc::NE));
+        let page = self.asm.jump_if(cc::NE);
         self.asm.load(T1, native!(jump_key));
         self.asm.compare_rip(T1, data + offset_of!(CrossLink, key) as u64);
-        jumps.push(self.asm.jump_if(cc::NE));
-        jumps.push(self.poll());
+        let key = self.asm.jump_if(cc::NE);
+        let back = self.asm.code.len();
+        let poll = self.poll();
         let pages = (offset & !0xfff) as i32;
         if pages != 0 {
             self.asm.group1(true, 0, Place::Reg(T0), pages);
@@ -241,18 +243,19 @@ impl Emitter<'_> {
         }
         let jump = if call { self.asm.call() } else { self.asm.jump() };
         let link = self.new_link(jump.0, offset, Some(cross));
-        self.cold.push(Cold::Leave { jumps, link });
+        self.cold.push(Cold::Elsewhere { jumps: [page, key], data, pages, back, link });
+        self.cold.push(Cold::Leave { jumps: vec![poll], link });
     }
 
     /// Goes to the linear address in T0; `call`: by the host's call.
     fn indirect(&mut self, call: bool) {
-        look_up(&mut self.asm, self.stubs.exit_to, call);
+        look_up(&mut self.asm, self.stubs.exit_to, self.stubs.same_target, call);
     }
 }
 
 /// Goes to the translation at the linear address in T0, by a call or a jump; to `exit_to` where none is known, or
-/// somebody wants something of the vCPU.
-pub(super) fn look_up(asm: &mut Asm, exit_to: u64, call: bool) {
+/// somebody wants something of the vCPU. `same_target`: [`super::stubs::Stubs::same_target`].
+pub(super) fn look_up(asm: &mut Asm, exit_to: u64, same_target: u64, call: bool) {
     const SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
     let table = offset_of!(Cpu, native) + offset_of!(Native, jumps);
     asm.load(T1, native!(attention));
@@ -267,7 +270,9 @@ pub(super) fn look_up(asm: &mut Asm, exit_to: u64, call: bool) {
     asm.op(true, &[0x3b], T0, Place::StateAt(T1, table + offset_of!(JumpEntry, linear)));
     asm.jump_if_to(cc::NE, exit_to);
     asm.op(true, &[0x3b], T2, Place::StateAt(T1, table + offset_of!(JumpEntry, key)));
-    asm.jump_if_to(cc::NE, exit_to);
+    let known = asm.short_jump_if(cc::E);
+    asm.call_to(same_target);
+    asm.land_short(known);
     asm.group1(true, 4, Place::Reg(T0), -0x1000);
     asm.store(slot(IP_REG), T0);
     let target = Place::StateAt(T1, table + offset_of!(JumpEntry, target));

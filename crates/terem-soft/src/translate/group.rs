@@ -2,12 +2,13 @@
 //!
 //! Structures, stack frames, unrolled loops: `[rbx+8]`, `[rbx+10h]`, `[rbx+18h]`. The first access checks the whole range
 //! and leaves its host address in T0, which the others use. Where the range is not on one page that may be accessed (and,
-//! for stores, holds no code), the same instructions are executed one by one, out of line.
+//! for stores, holds no code), the interpreter goes on.
 
 use iced_x86::{Instruction, Register};
 
+use super::Site;
 use super::analyse::{Item, Kind};
-use super::asm::host::{T0, T1, T2};
+use super::asm::host::T0;
 use super::emit::{Cold, Emitter, at_home};
 
 /// Instructions looked at for a group.
@@ -107,12 +108,11 @@ impl Emitter<'_> {
         let items = &items[..group.count];
         // If one of them cannot be encoded, none is.
         let (len, flags, vectors) = (self.asm.code.len(), self.flags.clone(), self.vectors);
-        let (sites, cold, pages) = (self.sites.len(), self.cold.len(), self.pages.len());
+        let (sites, cold) = (self.sites.len(), self.cold.len());
         if self.emit_group(items, &group).is_none() {
             self.asm.code.truncate(len);
             (self.flags, self.vectors) = (flags, vectors);
             self.sites.truncate(sites);
-            self.pages.truncate(pages);
             self.cold.truncate(cold);
             return 0;
         }
@@ -145,17 +145,15 @@ impl Emitter<'_> {
         if group.vectors && !self.vectors {
             self.load_vectors(&items[0]);
         }
-        let site = self.site(&items[0], false);
         let bytes = (group.high - group.low) as u32;
-        let of = self.sites.last_mut()?;
-        (of.limit, of.mask, of.write) = (0x1000 - bytes as u16, group.mask, group.write);
-        let page = self.page(&items[0].insn, group.write);
+        let flags = if group.write { Site::WRITES } else { 0 };
+        let site = self.site(&items[0], bytes, group.mask, flags | Site::SEVERAL);
+        let page = Self::page(&items[0].insn);
         let recipe = self.protect();
         let mut lowest = items[0].insn;
         lowest.set_memory_displacement64(group.low as u64);
         self.address(&lowest, T0);
         let miss = self.check(page, bytes, group.mask, group.write);
-        let vectors = self.vectors;
         for item in items {
             if item.memory.is_none() {
                 if item.kind == Kind::Direct {
@@ -165,16 +163,15 @@ impl Emitter<'_> {
             }
             self.prepare(item);
             let disp = (displacement(&item.insn) - group.low) as i32;
-            self.encode(item, &[T2, T1], disp).ok()?;
-            self.after(item, None);
+            let again = self.access(item, disp).ok()?;
+            self.after(item, again);
         }
         let last = &items[items.len() - 1];
         if group.write {
-            let end = self.site(last, false);
+            let end = self.site(last, bytes, 0, flags);
             self.look_at_mark(last.observed_after, page, end);
         }
-        let done = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Group { miss, site, items: items.to_vec(), recipe, done, vectors });
+        self.cold.push(Cold::Miss { miss, site, recipe });
         Some(())
     }
 }

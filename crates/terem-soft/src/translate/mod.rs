@@ -34,7 +34,7 @@ pub(crate) use flow::JUMP_ENTRIES;
 use crate::op::Op;
 
 /// Blocks are translated when they have been interpreted this often.
-pub(crate) const HOT: u32 = 64;
+pub(crate) const HOT: u32 = 24;
 /// Where the TLB set is in [`Native::jump_key`], above the mode's key ([`crate::decode::Mode::key`], 14 bits).
 const SET_SHIFT: u32 = 14;
 /// No link.
@@ -42,8 +42,6 @@ pub(crate) const NO_LINK: u32 = 0;
 
 /// What translated code keeps in the vCPU beside the architecture's state.
 pub(crate) struct Native {
-    /// The vCPU itself: what GS points to.
-    pub(crate) cpu: *mut crate::cpu::Cpu,
     /// Whether somebody wants something of the vCPU ([`crate::apic::Apic`]).
     pub(crate) attention: *const AtomicBool,
     /// Whether an interrupt may be waiting.
@@ -58,6 +56,8 @@ pub(crate) struct Native {
     pub(crate) interpret: bool,
     /// A place for a call's target.
     pub(crate) target: u64,
+    /// What was last compared with a register or a value.
+    pub(crate) compared: u64,
     /// Host RSP as the entry stub left it: what lies below are the frames of calls.
     pub(crate) stack: u64,
     /// The first of them, where nobody has called.
@@ -75,15 +75,15 @@ pub(crate) struct Native {
 
 impl Native {
     /// For a vCPU with these words ([`crate::apic::Apic::words`]); `translate`: with a translator, one of
-    /// `vcpus`; `avx`: the model has AVX.
+    /// `vcpus`; `avx`: the model has AVX; `low`: where the vCPU will lie, if that is low.
     pub(crate) fn new(
         [attention, pending]: [*const AtomicBool; 2],
         translate: bool,
         vcpus: usize,
         avx: bool,
+        low: Option<u32>,
     ) -> Self {
         Self {
-            cpu: std::ptr::null_mut(),
             attention,
             pending,
             jump_key: 0,
@@ -91,13 +91,14 @@ impl Native {
             vectors_were_loaded: false,
             interpret: false,
             target: 0,
+            compared: 0,
             stack: 0,
             stack_bottom: 0,
             stack_limit: 0,
             link: NO_LINK,
             jumps: [JumpEntry::NONE; JUMP_ENTRIES],
             changes: 0,
-            translator: if translate { Translator::new(vcpus, avx) } else { None },
+            translator: translate.then(|| Translator::new(vcpus, avx, low)).flatten(),
         }
     }
 }
@@ -109,36 +110,49 @@ pub(crate) struct JumpEntry {
     linear: u64,
     key: u64,
     target: u64,
-    _pad: u64,
+    /// Which code that is ([`crate::mmu::Place::code`]).
+    code: u64,
 }
 
 impl JumpEntry {
-    pub(crate) const NONE: Self = Self { linear: 0, key: 0, target: 0, _pad: 0 };
+    pub(crate) const NONE: Self = Self { linear: 0, key: 0, target: 0, code: crate::mmu::NOWHERE };
 }
 
-/// An instruction of a translation from which Rust may be called, in the data beside the code.
+/// An access to memory in a translation, in the data beside the code: of one instruction, or of several to one page.
 #[derive(Debug, Clone)]
 #[repr(C)]
 struct Site {
-    op: Op,
-    /// Of its memory access: the last offset in a page at which that fits on it.
+    /// Page offset of the (last) instruction's end.
+    next: u16,
+    /// The last offset in a page at which the access fits on it.
     limit: u16,
+    /// Bytes of the (last) instruction.
+    len: u8,
     /// Bits that must be 0 in the address.
     mask: u8,
-    size: u8,
-    write: bool,
-    /// It may go elsewhere: after its handler the translation is left.
-    flow: bool,
+    /// [`Self::WRITES`] and those after it.
+    flags: u8,
+    _pad: u8,
 }
 
-/// Before the pages that a translation remembers ([`crate::mmu::Remembered`]).
+impl Site {
+    /// The page is written.
+    const WRITES: u8 = 1;
+    /// The lowest address may be another than the first one that is accessed.
+    const SEVERAL: u8 = 2;
+    /// Interrupts come in after the instruction, not before it.
+    const SHADOW: u8 = 4;
+    /// What comes after it is elsewhere.
+    const FLOW: u8 = 8;
+}
+
+/// An instruction of a translation that its handler executes, in the data beside the code.
 #[derive(Debug, Clone)]
 #[repr(C)]
-struct Header {
-    /// The epoch ([`crate::mmu::Tlb::data_epochs`]) in which they are right.
-    epoch: u64,
-    /// How many follow.
-    pages: u64,
+struct Call {
+    op: Op,
+    /// It may go elsewhere: after its handler the translation is left.
+    flow: bool,
 }
 
 /// A direct jump between translations.
@@ -160,12 +174,22 @@ struct CrossLink {
     page: u64,
     /// [`Native::jump_key`] then.
     key: u64,
+    /// Which code it leads to ([`crate::mmu::Place::code`]): where that lies at the target, `page` and `key` are made right
+    /// again without further ado.
+    code: u64,
+}
+
+impl CrossLink {
+    /// The page is none that is ever executed.
+    const NONE: Self = Self { page: u64::MAX, key: 0, code: crate::mmu::NOWHERE };
 }
 
 /// Translations of one vCPU.
 pub(crate) struct Translator {
     memory: CodeMemory,
     stubs: Stubs,
+    /// Where the vCPU lies.
+    state: u32,
     /// There is no other vCPU.
     alone: bool,
     links: Vec<Link>,
@@ -174,19 +198,24 @@ pub(crate) struct Translator {
 }
 
 impl Translator {
-    /// `None` where the host gives no executable memory.
-    pub(crate) fn new(vcpus: usize, avx: bool) -> Option<Box<Self>> {
+    /// `None` where the host gives no executable memory, or none at low addresses.
+    pub(crate) fn new(vcpus: usize, avx: bool, low: Option<u32>) -> Option<Box<Self>> {
+        let Some(state) = low else {
+            tracing::warn!("no memory below 2 GiB for the vCPU: the interpreter runs all code");
+            return None;
+        };
         let mut memory = CodeMemory::new(vcpus)
             .inspect_err(|e| {
                 tracing::warn!("no memory for translated code ({e}): the interpreter runs all of it");
             })
             .ok()?;
-        let stubs = Stubs::emit(&mut memory, avx);
+        let stubs = Stubs::emit(&mut memory, avx, state);
         memory.keep();
         let links = vec![Link { at: 0, offset: 0, cross: None }];
         Some(Box::new(Self {
             memory,
             stubs,
+            state,
             alone: vcpus == 1,
             links,
             cross_links: 0,

@@ -1,72 +1,76 @@
 //! What translated code calls, and how the vCPU goes from translation to translation.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::analyse::{Item, analyse};
 use super::emit::Emitter;
 use super::flow::jump_index;
-use super::{CrossLink, HOT, Header, JumpEntry, Link, NO_LINK, SET_SHIFT, Site, Translator};
+use super::{Call, CrossLink, HOT, JumpEntry, Link, NO_LINK, SET_SHIFT, Site, Translator};
 use crate::block::Block;
 use crate::cpu::Cpu;
 use crate::decode::CodeSize;
 use crate::event::Shutdown;
-use crate::mmu::{Access, NO_PAGE, PAGE_MASK, Remembered};
+use crate::mmu::{Access, NOWHERE, PAGE_MASK, Tlb};
 use crate::op::IP_REG;
 
-/// To translated code: go on (for an access: try it again).
+/// To translated code: go on (for an access: the page is known now).
 const GO_ON: u64 = 0;
-/// To translated code: the instruction is done.
-const DONE: u64 = 1;
 /// To translated code: leave; [`Cpu::rip`] says where to go on.
 pub(super) const LEAVE: u64 = 2;
 /// To translated code: go on in the translation at [`Cpu::rip`], if there is one.
 const ELSEWHERE: u64 = 3;
 
-/// The vCPU is an argument so that the compiler knows that it changes; translated code has it in GS.
+/// The vCPU is an argument so that the compiler knows that it changes; translated code has its address.
 type Enter = extern "sysv64" fn(cpu: *mut Cpu, code: u64) -> u64;
 
-/// A memory access to a page that the TLB does not have, or not in the way that it takes: has the page remembered, or does
-/// the instruction by its handler.
-pub(super) extern "sysv64" fn slow(
-    cpu: *mut Cpu,
-    page: *mut Remembered,
-    linear: u64,
-    site: *const Site,
-) -> u64 {
+/// What [`slow`] gets for the page of the stack.
+pub(super) const STACK: u64 = 1;
+
+/// A memory access to a page that the TLB does not have, or not in the way that it takes: has translated code know the page,
+/// or the interpreter go on. `table`: [`STACK`], or something else.
+pub(super) extern "sysv64" fn slow(cpu: *mut Cpu, table: u64, linear: u64, site: *const Site) -> u64 {
     // SAFETY: translated code passes its own vCPU, which nobody else uses while it runs, and one of its sites, which
     // live as long as the code.
     let (cpu, site) = unsafe { (&mut *cpu, &*site) };
-    let last = linear.wrapping_add(u64::from(site.size) - 1);
-    let on_page = (linear ^ last) & PAGE_MASK == 0;
+    let on_page = linear & !PAGE_MASK <= u64::from(site.limit);
     let canonical = (linear as i64) << 16 >> 16 == linear as i64;
     let aligned = linear & u64::from(site.mask) == 0;
     if !(on_page && canonical && aligned) {
-        return cpu.by_handler(site, DONE);
+        return cpu.by_interpreter(site);
     }
-    let access = if site.write { Access::Write } else { Access::Read };
+    let writes = site.flags & Site::WRITES != 0;
+    let access = if writes { Access::Write } else { Access::Read };
     if let Err(fault) = cpu.translate(linear, access) {
-        let result = cpu.faulted(fault, &site.op);
+        if site.flags & Site::SEVERAL != 0 {
+            // Which of them faults, and how?
+            return cpu.by_interpreter(site);
+        }
+        let next = cpu.end_of(site);
+        let result = cpu.faulted_at(fault, next.wrapping_sub(u64::from(site.len)), next);
         return cpu.leave(&result);
     }
     // It is not in the TLB if it is not RAM.
     let (entry, tag) = (cpu.tlb.entry(linear), cpu.tlb.tag(linear));
-    let write = site.write || cpu.tlb.is_stack(page);
+    let stack = table == STACK;
+    let write = writes || stack;
     let known = if write { entry.write } else { entry.read } == tag;
     // SAFETY: a page in the TLB has a mark.
     if !known || (write && unsafe { (*entry.mark).load(Ordering::Relaxed) } & terem_memory::CODE != 0) {
-        return cpu.by_handler(site, DONE);
+        return cpu.by_interpreter(site);
     }
-    let at = linear & PAGE_MASK;
-    // SAFETY: translated code passes where one of its pages is remembered; nobody has a reference to that.
-    unsafe { page.write(Remembered { page: at, host: at.wrapping_add(entry.addend), mark: entry.mark }) };
+    if stack {
+        cpu.tlb.put_stack(linear);
+    } else {
+        cpu.tlb.put_quick(linear, write);
+    }
     GO_ON
 }
 
 /// Executes an instruction by its handler.
-pub(super) extern "sysv64" fn handler(cpu: *mut Cpu, site: *const Site) -> u64 {
+pub(super) extern "sysv64" fn handler(cpu: *mut Cpu, call: *const Call) -> u64 {
     // SAFETY: as in `slow`.
-    let (cpu, site) = unsafe { (&mut *cpu, &*site) };
-    cpu.by_handler(site, GO_ON)
+    let (cpu, call) = unsafe { (&mut *cpu, &*call) };
+    cpu.by_handler(call)
 }
 
 /// Before the first vector instruction of a translation, with the XMM registers in memory.
@@ -76,10 +80,8 @@ pub(super) extern "sysv64" fn vectors(cpu: *mut Cpu, site: *const Site) -> u64 {
     if cpu.runs_directly() {
         return GO_ON;
     }
-    // A rounding mode or unmasked exceptions that the host's MXCSR must not have: the interpreter's.
-    cpu.rip = cpu.op_rip(&site.op);
-    cpu.native.interpret = true;
-    LEAVE
+    // A rounding mode or unmasked exceptions that the host's MXCSR must not have.
+    cpu.by_interpreter(site)
 }
 
 /// A store has hit a page that holds code; `mark` is the page's.
@@ -87,11 +89,11 @@ pub(super) extern "sysv64" fn marked(cpu: *mut Cpu, mark: u64, site: *const Site
     // SAFETY: as in `slow`.
     let (cpu, site) = unsafe { (&mut *cpu, &*site) };
     cpu.code_written((mark - cpu.marks as u64) / 4);
-    if site.flow {
+    if site.flags & Site::FLOW != 0 {
         cpu.apic.look_again();
         return GO_ON;
     }
-    cpu.rip = cpu.next_rip(&site.op);
+    cpu.rip = cpu.end_of(site);
     LEAVE
 }
 
@@ -110,11 +112,23 @@ impl Cpu {
         self.elsewhere()
     }
 
-    /// Executes a site by its handler; `done` is what to say if the translation can go on behind it.
-    fn by_handler(&mut self, site: &Site, done: u64) -> u64 {
-        let op = &site.op;
+    /// Where the next instruction is.
+    fn end_of(&self, site: &Site) -> u64 {
+        self.gpr[usize::from(IP_REG)].wrapping_add(u64::from(site.next))
+    }
+
+    /// Leaves for the interpreter, which executes the instruction and what follows it.
+    fn by_interpreter(&mut self, site: &Site) -> u64 {
+        self.rip = self.end_of(site).wrapping_sub(u64::from(site.len));
+        self.native.interpret = true;
+        self.interrupt_shadow = site.flags & Site::SHADOW != 0;
+        LEAVE
+    }
+
+    /// Executes an instruction by its handler.
+    fn by_handler(&mut self, call: &Call) -> u64 {
+        let op = &call.op;
         let (next, key) = (self.next_rip(op), self.native.jump_key);
-        let epoch = self.tlb.data_epochs[self.tlb.set()];
         self.trace_handler(op);
         self.rip = next;
         self.op_end = op;
@@ -127,14 +141,13 @@ impl Cpu {
             return self.leave(&trap);
         }
         let stays = self.rip == next
-            && !site.flow
+            && !call.flow
             && self.native.jump_key == key
-            && self.tlb.data_epochs[self.tlb.set()] == epoch
             && !self.op_end.is_null()
             && !self.interrupt_shadow
             && !self.apic.wants_attention()
             && (self.mxcsr_on_host || !self.native.vectors_were_loaded);
-        if stays { done } else { self.elsewhere() }
+        if stays { GO_ON } else { self.elsewhere() }
     }
 
     /// Epoch and mode, as jumps are remembered under.
@@ -193,6 +206,7 @@ impl Cpu {
             translator.clear();
             self.stats.code_flushes.add(1);
             self.blocks.drop_translations();
+            self.native.jumps.fill(JumpEntry::NONE);
             self.tlb.new_epochs();
             self.refresh_jump_key();
             self.native.link = NO_LINK;
@@ -212,17 +226,17 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, block: &Block, code: u64) {
         let Some(translator) = &mut self.native.translator else { return };
         let page = self.rip & PAGE_MASK;
+        let (physical, mark) = block.page();
+        self.tlb.put_place(page, physical, mark);
+        // What begins here may go on elsewhere.
+        let place = if block.straddles() { NOWHERE } else { Tlb::code_of(physical, mark) };
         if self.native.link == NO_LINK {
             self.native.jumps[jump_index(self.rip)] =
-                JumpEntry { linear: self.rip, key: self.native.jump_key, target: code, _pad: 0 };
+                JumpEntry { linear: self.rip, key: self.native.jump_key, target: code, code: place };
         } else {
-            translator.connect(
-                self.native.link,
-                self.gpr[usize::from(IP_REG)],
-                self.native.jump_key,
-                block,
-                code,
-            );
+            let source = self.gpr[usize::from(IP_REG)];
+            let cross = CrossLink { page: source, key: self.native.jump_key, code: place };
+            translator.connect(self.native.link, cross, block, code);
         }
         self.gpr[usize::from(IP_REG)] = page;
         // SAFETY: the address is the entry stub's, which has this signature.
@@ -234,17 +248,6 @@ impl Cpu {
         {
             let offset = i64::from(translator.links[link as usize].offset);
             self.rip = self.gpr[usize::from(IP_REG)].wrapping_add_signed(offset);
-        }
-    }
-
-    /// Prepares this thread for translated code: GS points to the vCPU.
-    pub(crate) fn take_thread(&mut self) {
-        const ARCH_SET_GS: libc::c_int = 0x1001;
-        self.native.cpu = self;
-        // SAFETY: nothing else in the process uses GS; translated code reads the vCPU through it.
-        let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, self.native.cpu) };
-        if result != 0 {
-            self.native.translator = None;
         }
     }
 }
@@ -267,13 +270,13 @@ impl Translator {
     }
 
     /// Lets a link lead to a translation.
-    fn connect(&mut self, link: u32, page: u64, key: u64, block: &Block, code: u64) {
+    fn connect(&mut self, link: u32, good_for: CrossLink, block: &Block, code: u64) {
         let Link { at, cross, .. } = self.links[link as usize];
         match cross {
             Some(cross) => {
                 let data = self.memory.links().cast::<CrossLink>();
                 // SAFETY: the data has room for all links, aligned; only this vCPU's thread uses it.
-                unsafe { data.add(cross as usize).write(CrossLink { page, key }) };
+                unsafe { data.add(cross as usize).write(good_for) };
             }
             // A block on two pages is good only as long as the second one is where it was.
             None if block.straddles() => return,
@@ -293,25 +296,25 @@ impl Translator {
             return None;
         }
         let stubs = self.stubs;
-        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set());
+        let mut emitter = Emitter::new(&stubs, &mut self.encoder, bytes, start, cpu.tlb.set(), self.state);
         emitter.asm.base = self.memory.next();
-        emitter.data = self.memory.next_pages() as u64;
         emitter.first_site = self.memory.next_sites() as u64;
+        emitter.first_call = self.memory.next_calls() as u64;
         emitter.alone = self.alone;
         emitter.cold_base = self.memory.next_cold();
         emitter.first_link = self.links.len() as u32;
         emitter.first_cross = self.cross_links;
         emitter.cross_data = self.memory.links() as u64;
         emitter.run(&items, cut);
-        let Emitter { asm, sites, pages, links, crosses, .. } = emitter;
+        let Emitter { asm, sites, calls, links, crosses, .. } = emitter;
         let (hot, cold) = asm.code.split_at(asm.cold.map_or(asm.code.len(), |c| c.0));
-        if !self.memory.add(hot, cold) || !self.add_data(sites, pages.len(), cpu.marks) {
+        if !self.memory.add(hot, cold) || !self.add_data(sites, calls) {
             return None;
         }
         for i in 0..crosses {
             let data = self.memory.links().cast::<CrossLink>();
-            // SAFETY: as in `connect`. The page is none that is ever executed.
-            unsafe { data.add((self.cross_links + i) as usize).write(CrossLink { page: u64::MAX, key: 0 }) };
+            // SAFETY: as in `connect`.
+            unsafe { data.add((self.cross_links + i) as usize).write(CrossLink::NONE) };
         }
         self.cross_links += crosses;
         let base = asm.base;
@@ -329,23 +332,16 @@ impl Translator {
         Some(base)
     }
 
-    /// Puts sites and pages where the code of the translation expects them. `mark` is the mark of any page.
-    fn add_data(&mut self, sites: Vec<Site>, pages: usize, mark: *const AtomicU32) -> bool {
-        let (header, site) = (self.memory.next_pages(), self.memory.next_sites());
-        let bytes = size_of::<Header>() + pages * size_of::<Remembered>();
-        if !self.memory.take(bytes, sites.len() * size_of::<Site>()) {
+    /// Puts sites and calls where the code of the translation expects them.
+    fn add_data(&mut self, sites: Vec<Site>, calls: Vec<Call>) -> bool {
+        let (site, call) = (self.memory.next_sites().cast::<Site>(), self.memory.next_calls().cast::<Call>());
+        if !self.memory.take(sites.len() * size_of::<Site>(), calls.len() * size_of::<Call>()) {
             return false;
         }
         // SAFETY: the ranges have just been taken, are aligned to 8, and only this vCPU's thread uses them.
         unsafe {
-            header.cast::<Header>().write(Header { epoch: 0, pages: pages as u64 });
-            let first = header.add(size_of::<Header>()).cast::<Remembered>();
-            for i in 0..pages {
-                first.add(i).write(Remembered { page: NO_PAGE, host: self.memory.nothing(), mark });
-            }
-            for (i, of) in sites.into_iter().enumerate() {
-                site.cast::<Site>().add(i).write(of);
-            }
+            sites.into_iter().enumerate().for_each(|(i, of)| site.add(i).write(of));
+            calls.into_iter().enumerate().for_each(|(i, of)| call.add(i).write(of));
         }
         true
     }

@@ -1,10 +1,11 @@
 //! Pushes and pops: single ones, and runs of them as functions begin and end with.
 
-use super::access::{Miss, Page};
+use super::Site;
+use super::access::Page;
 use super::analyse::{Item, Kind};
 use super::asm::Place;
 use super::asm::host::{SP, T0, T2};
-use super::emit::{CannotEncode, Cold, Emitter, Flags, Recipe, at_home};
+use super::emit::{CannotEncode, Cold, Emitter, at_home};
 use super::stubs::slot;
 use iced_x86::{OpKind, Register};
 
@@ -30,8 +31,7 @@ impl Emitter<'_> {
         self.asm.lea_plus(SP, SP, -8);
         self.after(item, None);
         self.look_at_mark(item.observed_after, Page::Stack, site);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
+        self.cold.push(Cold::Miss { miss, site, recipe });
         Ok(())
     }
 
@@ -54,8 +54,7 @@ impl Emitter<'_> {
             }
         }
         self.after(item, None);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
+        self.cold.push(Cold::Miss { miss, site, recipe });
         Ok(())
     }
 
@@ -70,8 +69,7 @@ impl Emitter<'_> {
         self.asm.lea_plus(SP, RBP, 8);
         self.asm.copy(true, RBP, T0);
         self.after(item, None);
-        let done = Some((self.asm.code.len(), self.flags.host));
-        self.cold.push(Cold::Miss { miss, site, recipe, done });
+        self.cold.push(Cold::Miss { miss, site, recipe });
         Ok(())
     }
 
@@ -94,10 +92,8 @@ impl Emitter<'_> {
     fn several(&mut self, items: &[Item], push: bool) {
         let (first, last) = (&items[0], &items[items.len() - 1]);
         let bytes = items.len() as i32 * 8;
-        let site = self.stack_site(first, push);
-        if let Some(site) = self.sites.last_mut() {
-            site.limit = 0x1000 - bytes as u16;
-        }
+        let flags = if push { Site::WRITES } else { 0 };
+        let site = self.site(first, bytes as u32, 0, flags | Site::SEVERAL);
         let recipe = self.protect();
         self.asm.lea_plus(T0, SP, if push { -bytes } else { 0 });
         let miss = self.check(Page::Stack, bytes as u32, 0, push);
@@ -112,8 +108,7 @@ impl Emitter<'_> {
             let end = self.stack_site(last, true);
             self.look_at_mark(last.observed_after, Page::Stack, end);
         }
-        let done = (self.asm.code.len(), self.flags.host);
-        self.cold.push(Cold::Run { miss, site, items: items.to_vec(), recipe, done });
+        self.cold.push(Cold::Miss { miss, site, recipe });
     }
 
     /// Moves what is pushed or popped. Flags stay.
@@ -138,21 +133,5 @@ impl Emitter<'_> {
             }
             (false, None) => self.asm.load(register.number() as u8, at),
         }
-    }
-
-    /// A run or a group that is not on the page remembered: that is found anew, or the instructions go one by one.
-    pub(super) fn one_by_one(
-        &mut self,
-        miss: Miss,
-        site: u64,
-        items: &[Item],
-        recipe: Option<Recipe>,
-        (next, restore): (usize, bool),
-    ) {
-        self.miss(miss, site, recipe, true);
-        self.flags = Flags { host: false, memory: true, recipe: None };
-        items.iter().for_each(|item| self.item(item));
-        self.flags_to_memory();
-        self.back(next, restore);
     }
 }

@@ -2,13 +2,15 @@
 
 use std::mem::offset_of;
 
+use super::access::{Page, stack, table};
 use super::asm::host::{RAX, RCX, RDI, RDX, RSI, RSP, SP, T0, T1, T2};
 use super::asm::{Asm, Place, cc};
 use super::cache::CodeMemory;
 use super::flow::look_up;
-use super::{Header, Site, runtime};
+use super::{CrossLink, JumpEntry, Native, SET_SHIFT, Site, runtime};
 use crate::cpu::{Cpu, Ymm};
-use crate::mmu::{ENTRIES, Entry, MIX, NO_PAGE, Remembered, Tlb};
+use crate::mmu::{Entry, MIX, PAGE_MASK, PAIRS, PLACES, Pair, Place as CodePlace, Quick, Remembered, Tlb};
+use crate::op::IP_REG;
 
 /// Guest registers that live in host registers of the same number. RSP is in [`SP`]; R9, R10, R11 and R15 are in
 /// memory.
@@ -40,12 +42,15 @@ pub(super) struct Stubs {
     pub(super) exit_to: u64,
     /// Goes to the translation at the linear address in T0, or leaves for there.
     pub(super) look_up: u64,
-    /// For each TLB set, for reads and writes, and whether only to find the page: a memory access of the site in T2 to
-    /// another page than the one remembered.
-    pub(super) fill: [[[Fill; 2]; 2]; 3],
-    /// For each TLB set: the pages behind the header in T1 are of another epoch.
-    pub(super) forget: [u64; 3],
-    /// Executes the site in T1 by its handler.
+    /// For the supervisor and the user: whether the code at the page in [`IP_REG`] plus T1 is what the [`super::CrossLink`]
+    /// at T2 leads to. If so, that is made good; if not, the call returns 5 bytes further on.
+    pub(super) same_code: [u64; 2],
+    /// The [`JumpEntry`] at offset T1 of the table is for the linear address in T0, but has another key: the call returns if
+    /// the code is the same and the key in T2 has been put in; leaves for T0 if not. T2 is lost.
+    pub(super) same_target: u64,
+    /// For each TLB set, for reads and writes: a memory access of the site in T2 to a page that is not known.
+    pub(super) fill: [[Fill; 2]; 3],
+    /// Executes the [`super::Call`] in T1.
     pub(super) handler: u64,
     /// Loads the XMM registers; T1 is the site.
     pub(super) vectors: u64,
@@ -53,22 +58,21 @@ pub(super) struct Stubs {
     pub(super) marked: u64,
 }
 
-/// T0 is the linear address less that of the page remembered. Afterwards it is the host address; or the call returns 5
-/// bytes further on: then the instruction has been done, or (when the page was only to be found) the TLB does not have it.
-/// Pages that hold code are not remembered for writes. T1 and T2 are lost.
+/// T0 is the linear address less that of the page looked at; afterwards it is the host address. Or it does not come back: the
+/// instruction faults, or the interpreter goes on with it. Pages that hold code are not known for writes. T1 and T2 are lost.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Fill {
-    /// T1 is where the page is remembered.
-    pub(super) page: u64,
+    /// The page is in the table, T1 its entry's offset.
+    pub(super) table: u64,
     /// It is the stack's.
     pub(super) stack: u64,
 }
 
 impl Stubs {
     /// `avx`: with the upper halves of vector registers.
-    pub(super) fn emit(memory: &mut CodeMemory, avx: bool) -> Self {
+    pub(super) fn emit(memory: &mut CodeMemory, avx: bool, state: u32) -> Self {
         let mut stubs = Self::default();
-        let mut a = Asm { base: memory.next(), ..Asm::default() };
+        let mut a = Asm { base: memory.next(), state, ..Asm::default() };
         stubs.exit_to = a.here();
         a.store(Place::State(offset_of!(Cpu, rip)), T0);
         a.set(T1, u64::from(super::NO_LINK));
@@ -80,8 +84,14 @@ impl Stubs {
         epilogue(&mut a);
         stubs.enter = a.here();
         enter(&mut a, stubs.exit_to);
+        for user in 0..2 {
+            stubs.same_code[user] = a.here();
+            same_code(&mut a, user);
+        }
+        stubs.same_target = a.here();
+        same_target(&mut a, stubs.exit_to);
         let elsewhere = a.code.len();
-        stubs.look_up = go_elsewhere(&mut a, stubs.exit_to);
+        stubs.look_up = go_elsewhere(&mut a, &stubs);
         let ways = Ways { leave, elsewhere };
         let mut call = |rust: u64, vectors: bool| {
             let at = a.here();
@@ -93,20 +103,14 @@ impl Stubs {
         stubs.vectors = call(runtime::vectors as *const () as u64, true);
         stubs.marked = call(runtime::marked as *const () as u64, false);
         for set in 0..3 {
-            for (write, find) in [(false, false), (false, true), (true, false), (true, true)] {
-                let way = (!find).then_some(slow);
-                let mut made = Fill { page: a.here(), stack: 0 };
-                fill(&mut a, way, set, write);
-                // The stack's page is remembered only if it may be written.
+            for write in [false, true] {
+                let mut made = Fill { table: a.here(), stack: 0 };
+                fill(&mut a, slow, set, write, Page::Table);
+                // The stack's page is known only if it may be written.
                 made.stack = a.here();
-                a.load(T1, native!(cpu));
-                let stacks = offset_of!(Cpu, tlb) + offset_of!(Tlb, stacks);
-                a.lea_plus(T1, T1, (stacks + set * size_of::<Remembered>()) as i32);
-                fill(&mut a, way, set, true);
-                stubs.fill[set][usize::from(write)][usize::from(find)] = made;
+                fill(&mut a, slow, set, true, Page::Stack);
+                stubs.fill[set][usize::from(write)] = made;
             }
-            stubs.forget[set] = a.here();
-            forget(&mut a, set, memory.nothing());
         }
         let added = memory.add(&a.code, &[]);
         debug_assert!(added);
@@ -171,7 +175,7 @@ fn save_registers(a: &mut Asm) {
 }
 
 fn xmm(a: &mut Asm, opcode: u8, n: u8) {
-    // gs movaps
+    // movaps
     let at = Place::State(vector(n));
     a.op(false, &[0x0f, opcode], n, at);
 }
@@ -187,11 +191,10 @@ fn vex256(a: &mut Asm, reg: u8, second: u8, opcode: u8) {
 }
 
 fn ymm(a: &mut Asm, opcode: u8, n: u8) {
-    // gs vmovaps
-    a.code.push(0x65);
+    // vmovaps
     vex256(a, n, 0, opcode);
     a.bytes(&[(n & 7) << 3 | 4, 0x25]);
-    a.bytes(&(vector(n) as i32).to_le_bytes());
+    a.bytes(&(a.state as i32 + vector(n) as i32).to_le_bytes());
 }
 
 const VZEROUPPER: [u8; 3] = [0xc5, 0xf8, 0x77];
@@ -251,13 +254,88 @@ struct Ways {
 }
 
 /// Goes to the translation at [`Cpu::rip`]; the frames of calls are gone. Gives where it looks for the address in T0.
-fn go_elsewhere(a: &mut Asm, exit_to: u64) -> u64 {
+fn go_elsewhere(a: &mut Asm, stubs: &Stubs) -> u64 {
     a.load(RSP, native!(stack_bottom));
     load_registers(a);
     a.load(T0, Place::State(offset_of!(Cpu, rip)));
     let look = a.here();
-    look_up(a, exit_to, false);
+    look_up(a, stubs.exit_to, stubs.same_target, false);
     look
+}
+
+/// The places of code of the supervisor or the user.
+fn places(user: usize) -> usize {
+    offset_of!(Cpu, tlb) + offset_of!(Tlb, places) + user * size_of::<[CodePlace; PLACES]>()
+}
+
+/// [`Stubs::same_code`].
+fn same_code(a: &mut Asm, user: usize) {
+    const SHIFT: u8 = size_of::<CodePlace>().trailing_zeros() as u8;
+    a.op(true, &[0x03], T1, slot(IP_REG));
+    a.copy(false, T0, T1);
+    a.shift_right(false, T0, 12 - SHIFT);
+    a.group1(false, 4, Place::Reg(T0), ((PLACES - 1) << SHIFT) as i32);
+    a.lea_plus(T1, T1, user as i32);
+    let place = |field| Place::StateAt(T0, places(user) + field);
+    a.op(true, &[0x3b], T1, place(offset_of!(CodePlace, page)));
+    let other = a.jump_if(cc::NE);
+    a.load(T1, place(offset_of!(CodePlace, code)));
+    a.op(true, &[0x3b], T1, Place::At(T2, offset_of!(CrossLink, code) as i32));
+    let changed = a.jump_if(cc::NE);
+    a.load(T1, native!(jump_key));
+    a.store(Place::At(T2, offset_of!(CrossLink, key) as i32), T1);
+    a.load(T0, slot(IP_REG));
+    a.store(Place::At(T2, offset_of!(CrossLink, page) as i32), T0);
+    a.code.push(0xc3);
+    a.land(other);
+    a.land(changed);
+    a.group1(true, 0, Place::At(RSP, 0), 5);
+    a.code.push(0xc3);
+}
+
+/// [`Stubs::same_target`].
+fn same_target(a: &mut Asm, exit_to: u64) {
+    const SHIFT: u8 = size_of::<CodePlace>().trailing_zeros() as u8;
+    /// Bits of the key that are no epoch's.
+    const MODE: i32 = (1 << (SET_SHIFT + 3)) - 1;
+    let entry = |field| Place::StateAt(T1, offset_of!(Cpu, native) + offset_of!(Native, jumps) + field);
+    push(a, RAX);
+    a.copy(true, RAX, T2);
+    a.op(true, &[0x33], RAX, entry(offset_of!(JumpEntry, key)));
+    a.op(false, &[0xf7], 0, Place::Reg(RAX)); // test
+    a.bytes(&MODE.to_le_bytes());
+    let mode = a.jump_if(cc::NE);
+    // The user's set is the one whose bit 1 is set.
+    a.copy(true, RAX, T2);
+    a.shift_right(true, RAX, SET_SHIFT as u8 + 1);
+    a.group1(false, 4, Place::Reg(RAX), 1);
+    push(a, RCX);
+    a.copy(true, RCX, T0);
+    a.group1(true, 4, Place::Reg(RCX), PAGE_MASK as i32);
+    a.op(true, &[0x0b], RCX, Place::Reg(RAX));
+    a.shift_left(false, RAX, PLACES.trailing_zeros() as u8 + SHIFT);
+    a.copy(false, T2, T0);
+    a.shift_right(false, T2, 12 - SHIFT);
+    a.group1(false, 4, Place::Reg(T2), ((PLACES - 1) << SHIFT) as i32);
+    a.op(false, &[0x03], RAX, Place::Reg(T2));
+    let place = |field| Place::StateAt(RAX, places(0) + field);
+    a.op(true, &[0x3b], RCX, place(offset_of!(CodePlace, page)));
+    let other = a.jump_if(cc::NE);
+    a.load(RCX, place(offset_of!(CodePlace, code)));
+    a.op(true, &[0x3b], RCX, entry(offset_of!(JumpEntry, code)));
+    let changed = a.jump_if(cc::NE);
+    a.load(T2, native!(jump_key));
+    a.store(entry(offset_of!(JumpEntry, key)), T2);
+    pop(a, RCX);
+    pop(a, RAX);
+    a.code.push(0xc3);
+    a.land(other);
+    a.land(changed);
+    pop(a, RCX);
+    a.land(mode);
+    pop(a, RAX);
+    a.lea_plus(RSP, RSP, 8);
+    a.jump_to(exit_to);
 }
 
 /// Calls `rust(cpu, T1, T0, T2) -> what`: [`runtime::LEAVE`] leaves the translation, [`runtime::ELSEWHERE`] goes to another
@@ -272,7 +350,7 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways, avx: bool) {
     store_vectors(a, avx);
     a.set_byte(native!(vectors_loaded), 0);
     a.land(none);
-    a.load(RDI, native!(cpu));
+    a.set(RDI, u64::from(a.state));
     a.copy(true, RSI, T1);
     a.copy(true, RDX, T0);
     a.copy(true, RCX, T2);
@@ -301,14 +379,19 @@ fn call_rust(a: &mut Asm, rust: u64, vectors: bool, ways: Ways, avx: bool) {
     a.code.push(0xc3);
 }
 
-/// [`Fill`]; only to find the page where `slow` is `None`. `writable`: it must be one that may be written.
-fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
-    const SHIFT: u32 = size_of::<Entry>().trailing_zeros();
+/// [`Fill`]. `writable`: it must be one that may be written.
+fn fill(a: &mut Asm, slow: u64, set: usize, writable: bool, page: Page) {
+    const SHIFT: u32 = size_of::<Pair>().trailing_zeros();
     let tlb = offset_of!(Cpu, tlb);
-    let entries = tlb + offset_of!(Tlb, sets) + set * size_of::<[Entry; ENTRIES]>();
+    let entries = tlb + offset_of!(Tlb, sets) + set * size_of::<[Pair; PAIRS]>();
     let tag = if writable { offset_of!(Entry, write) } else { offset_of!(Entry, read) };
-    let page = |offset: usize| Place::At(T1, offset as i32);
-    a.op(true, &[0x03], T0, page(offset_of!(Remembered, page)));
+    let quick = |field| Place::StateAt(T1, table(set) + field);
+    let (looked_at, host) = match page {
+        Page::Stack => (stack(set, offset_of!(Remembered, page)), stack(set, offset_of!(Remembered, host))),
+        Page::Table if writable => (quick(offset_of!(Quick, write)), quick(offset_of!(Quick, host))),
+        Page::Table => (quick(offset_of!(Quick, read)), quick(offset_of!(Quick, host))),
+    };
+    a.op(true, &[0x03], T0, looked_at);
     [RAX, RCX, RDX].into_iter().for_each(|r| push(a, r));
     // The place in the set, as `Tlb::place` has it.
     a.copy(true, RAX, T0);
@@ -316,13 +399,17 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
     a.copy(true, RCX, RAX);
     a.shift_right(true, RCX, MIX as u8);
     a.op(false, &[0x03], RAX, Place::Reg(RCX));
-    a.group1(false, 4, Place::Reg(RAX), ENTRIES as i32 - 1);
+    a.group1(false, 4, Place::Reg(RAX), PAIRS as i32 - 1);
     a.shift_left(false, RAX, SHIFT as u8);
     a.copy(true, RDX, T0);
-    a.group1(true, 4, Place::Reg(RDX), -0x1000);
+    a.group1(true, 4, Place::Reg(RDX), PAGE_MASK as i32);
     a.copy(true, RCX, RDX);
     a.op(true, &[0x0b], RCX, Place::State(tlb + offset_of!(Tlb, generations) + set * 8));
     a.op(true, &[0x3b], RCX, Place::StateAt(RAX, entries + tag));
+    let first = a.short_jump_if(cc::E);
+    a.lea_plus(RAX, RAX, size_of::<Entry>() as i32);
+    a.op(true, &[0x3b], RCX, Place::StateAt(RAX, entries + tag));
+    a.land_short(first);
     let mut others = vec![a.jump_if(cc::NE)];
     a.copy(true, RCX, T0);
     a.op(true, &[0x2b], RCX, Place::Reg(RDX));
@@ -331,57 +418,44 @@ fn fill(a: &mut Asm, slow: Option<u64>, set: usize, writable: bool) {
     others.push(a.jump_if(cc::A));
     a.op(false, &[0x84], T0, Place::At(T2, offset_of!(Site, mask) as i32)); // test
     others.push(a.jump_if(cc::NE));
-    a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
     if writable {
+        a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, mark)));
         a.op(false, &[0xf6], 0, Place::At(RCX, 0)); // test byte
         a.code.push(terem_memory::CODE as u8);
         others.push(a.jump_if(cc::NE));
     }
-    a.store(page(offset_of!(Remembered, mark)), RCX);
-    a.store(page(offset_of!(Remembered, page)), RDX);
+    match page {
+        Page::Stack => {
+            a.store(stack(set, offset_of!(Remembered, mark)), RCX);
+            a.store(looked_at, RDX);
+        }
+        Page::Table => {
+            a.store(quick(offset_of!(Quick, read)), RDX);
+            if writable {
+                a.store(quick(offset_of!(Quick, write)), RDX);
+            } else {
+                // Not known for writes: the next page is never this entry's.
+                a.lea_plus(RCX, RDX, 0x1000);
+                a.store(quick(offset_of!(Quick, write)), RCX);
+            }
+            a.set_byte(Place::State(tlb + offset_of!(Tlb, quick_used) + set), 1);
+        }
+    }
     a.load(RCX, Place::StateAt(RAX, entries + offset_of!(Entry, addend)));
     a.op(true, &[0x03], RDX, Place::Reg(RCX));
-    a.store(page(offset_of!(Remembered, host)), RDX);
+    a.store(host, RDX);
     a.op(true, &[0x03], T0, Place::Reg(RCX));
     [RDX, RCX, RAX].into_iter().for_each(|r| pop(a, r));
     a.code.push(0xc3);
     others.into_iter().for_each(|j| a.land(j));
     [RDX, RCX, RAX].into_iter().for_each(|r| pop(a, r));
-    if let Some(slow) = slow {
-        push(a, T1);
-        a.call_to(slow);
-        a.op(false, &[0x85], T1, Place::Reg(T1)); // test
-        pop(a, T1);
-        let done = a.jump_if(cc::NE);
-        a.op(true, &[0x2b], T0, page(offset_of!(Remembered, page)));
-        a.op(true, &[0x03], T0, page(offset_of!(Remembered, host)));
-        a.code.push(0xc3);
-        a.land(done);
+    push(a, T1);
+    if page == Page::Stack {
+        a.set(T1, runtime::STACK);
     }
-    a.group1(true, 0, Place::At(RSP, 0), 5);
-    a.code.push(0xc3);
-}
-
-/// [`Stubs::forget`].
-fn forget(a: &mut Asm, set: usize, nothing: u64) {
-    push(a, RAX);
-    push(a, RCX);
-    a.load(RAX, Place::State(offset_of!(Cpu, tlb) + offset_of!(Tlb, data_epochs) + set * 8));
-    a.store(Place::At(T1, offset_of!(Header, epoch) as i32), RAX);
-    a.load(RCX, Place::At(T1, offset_of!(Header, pages) as i32));
-    a.lea_plus(T1, T1, size_of::<Header>() as i32);
-    a.set(T0, NO_PAGE);
-    a.set(T2, nothing);
-    let first = a.jump();
-    let again = a.code.len();
-    a.store(Place::At(T1, offset_of!(Remembered, page) as i32), T0);
-    a.store(Place::At(T1, offset_of!(Remembered, host) as i32), T2);
-    a.lea_plus(T1, T1, size_of::<Remembered>() as i32);
-    a.land(first);
-    a.group1(true, 5, Place::Reg(RCX), 1); // sub
-    let more = a.jump_if(cc::AE);
-    a.land_at(more, again);
-    pop(a, RCX);
-    pop(a, RAX);
+    a.call_to(slow);
+    pop(a, T1);
+    a.op(true, &[0x2b], T0, looked_at);
+    a.op(true, &[0x03], T0, host);
     a.code.push(0xc3);
 }

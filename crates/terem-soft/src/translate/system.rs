@@ -107,8 +107,7 @@ impl Emitter<'_> {
         self.asm.store(Place::At(T0, 0), T2);
         self.asm.lea_plus(SP, SP, -8);
         self.look_at_mark(false, Page::Stack, site);
-        let done = Some((self.asm.code.len(), false));
-        self.cold.push(Cold::Miss { miss, site, recipe: None, done });
+        self.cold.push(Cold::Miss { miss, site, recipe: None });
     }
 
     fn swap_gs(&mut self) {

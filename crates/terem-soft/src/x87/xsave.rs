@@ -31,6 +31,11 @@ fn requested(cpu: &Cpu) -> u64 {
     (cpu.gpr[0] & 0xffff_ffff | cpu.gpr[2] << 32) & cpu.xcr0
 }
 
+/// The components in use (XINUSE) as all but the standard format counts them: MXCSR is SSE's.
+fn in_use_with_mxcsr(cpu: &Cpu) -> u64 {
+    cpu.in_use() | if cpu.guest_mxcsr() == MXCSR_DEFAULT { 0 } else { SSE }
+}
+
 /// `xsave`, `xsaveopt`.
 const STANDARD: u8 = 0;
 /// `xsaveopt`: components in their initial configuration are not written.
@@ -47,14 +52,11 @@ fn xsave<const WIDE: bool, const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     let asked = requested(cpu);
     let compacted = KIND >= COMPACT;
-    let size = if compacted { compacted_size(asked) } else { standard_size(asked) } as u64;
-    let at = cpu.aligned_area(op, size, 64, true)?;
-    cpu.check_writable(at, op.segment, size)?;
-    let mut in_use = cpu.in_use();
-    if compacted && cpu.guest_mxcsr() != MXCSR_DEFAULT {
-        in_use |= SSE;
-    }
+    let in_use = if compacted { in_use_with_mxcsr(cpu) } else { cpu.in_use() };
     let written = if KIND == STANDARD { asked } else { asked & in_use };
+    let at = cpu.aligned_area(op, HEADER_END as u64, 64, true)?;
+    let (from, to) = extent(asked, compacted);
+    cpu.check_writable(at.wrapping_add(from as u64), op.segment, (to - from) as u64)?;
     save_legacy::<WIDE>(cpu, op.segment, at, asked, written, compacted)?;
     for (c, offset) in places(asked, compacted).filter(|(c, _)| written & c.bit != 0) {
         let mut bytes = [0; XSAVE_SIZE - HEADER_END];
@@ -69,6 +71,14 @@ fn xsave<const WIDE: bool, const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     let before = cpu.load_in::<u64>(header, op.segment)?;
     cpu.store_in(header, before & !asked | in_use & asked, op.segment)
+}
+
+/// First byte and end of what must be there to be written, which is asked for whether it is in use or not.
+fn extent(asked: u64, compacted: bool) -> (usize, usize) {
+    // MXCSR of the standard format is AVX's as well.
+    let legacy = if compacted { X87 | SSE } else { X87 | SSE | AVX };
+    let from = if asked & legacy == 0 { HEADER } else { 0 };
+    (from, if compacted { compacted_size(asked) } else { standard_size(asked) })
 }
 
 /// The legacy region. In the compacted format MXCSR is part of the SSE state, else of both SSE and AVX whether
@@ -162,7 +172,7 @@ fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
     }
     let value = match cpu.gpr[1] as u32 {
         0 => cpu.xcr0,
-        1 if cpu.cpuid.model().features.has("xgetbv1") => cpu.xcr0 & cpu.in_use(),
+        1 if cpu.cpuid.model().features.has("xgetbv1") => cpu.xcr0 & in_use_with_mxcsr(cpu),
         _ => return Err(Fault::GP0),
     };
     cpu.gpr[0] = value & 0xffff_ffff;

@@ -6,6 +6,12 @@ use std::path::PathBuf;
 use terem_block::Format;
 use terem_config::ByteSize;
 
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  terem disk serve --socket /run/disk.sock disk.qcow2
+  terem disk serve --listen 0.0.0.0:10809 --tls /etc/pki/nbd --tls-verify --read-only a.qcow2 b.raw
+  terem disk info 'nbd+unix:///?socket=/run/disk.sock'";
+
 /// Disk images.
 #[derive(Debug, Args)]
 pub struct DiskArguments {
@@ -211,6 +217,9 @@ pub enum DiskCommand {
         #[arg(long)]
         direct: bool,
     },
+    /// Serve images over NBD, the network block device protocol.
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve(Box<super::serve::ServeArguments>),
 }
 
 /// Snapshots.

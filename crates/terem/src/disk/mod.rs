@@ -7,6 +7,7 @@ mod key;
 pub mod passphrase;
 mod picture;
 mod progress;
+mod serve;
 
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
@@ -32,6 +33,7 @@ pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
     }
     passphrases.load()?;
     match command {
+        DiskCommand::Serve(arguments) => serve::run(arguments),
         DiskCommand::Create { new, backing, backing_format, format, path, size } => {
             let backing =
                 backing.clone().zip(*backing_format).map(|(path, format)| BackingFile { path, format });

@@ -168,7 +168,7 @@ fn keep_contents(
     // The unit in which the image is written: less would only be filled up from the old backing file.
     let disk = Disk::open(image, &OpenOptions { read_only: false, ..options.clone() })?;
     let unit = u64::from(disk.geometry().optimal_io_size).max(4096);
-    let size = disk.size();
+    let (size, backed) = (disk.size(), !disk.facts().backing.is_empty());
     let read = |path: &Path, disk: &Disk, offset: u64, length: u64| -> Result<Vec<u8>, OpenError> {
         let there = disk.size().saturating_sub(offset).min(length);
         let memory = Arc::new(AlignedBuffer::new(to_usize(there)));
@@ -192,7 +192,8 @@ fn keep_contents(
                 Some((path, new)) => read(path, new, at, end - at)? == old,
             };
             if !same {
-                let op = if is_zero(&old) {
+                // What the old backing file leaves zero would be left out; it must be there for the new one.
+                let op = if is_zero(&old) && backed && end - at == unit {
                     Op::WriteZeroes { offset: at, length: end - at, unmap: true }
                 } else {
                     Op::Write { offset: at, memory: Arc::new(AlignedBuffer::from_slice(&old)) }

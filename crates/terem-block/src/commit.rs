@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::{ImageFile, resolve_backing};
 use crate::convert::{Progress, is_zero, request};
 use crate::file::to_usize;
+use crate::node::directory_of;
 use crate::{
     BackingFile, BackingPolicy, BlockBackend, Disk, Extent, ExtentKind, Format, Op, OpenError, OpenOptions,
     Preallocation, info, resize, set_backing,
@@ -35,11 +36,13 @@ pub fn commit(
     let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
     let chain = chain_of(image, &options)?;
     let limit = |what: &str| OpenError::Limit { path: image.to_owned(), what: what.into() };
-    let wanted = base.map(|base| base.canonicalize().map_err(|e| OpenError::io(base, "looking at it", e)));
-    let depth = match wanted.transpose()? {
+    let depth = match base {
         None => 0,
         Some(base) => {
-            let found = chain.iter().position(|(path, _)| path.canonicalize().is_ok_and(|path| path == base));
+            // As its user names it, or as the images do.
+            let beside = directory_of(image).join(base);
+            let same = |path: &Path, name: &Path| name.canonicalize().is_ok_and(|name| name == path);
+            let found = chain.iter().position(|(path, _)| same(path, base) || same(path, &beside));
             found.ok_or_else(|| limit("the base is not in its chain of backing files"))?
         }
     };
@@ -165,7 +168,7 @@ fn keep_contents(
     // The unit in which the image is written: less would only be filled up from the old backing file.
     let disk = Disk::open(image, &OpenOptions { read_only: false, ..options.clone() })?;
     let unit = u64::from(disk.geometry().optimal_io_size).max(4096);
-    let size = disk.size();
+    let (size, backed) = (disk.size(), !disk.facts().backing.is_empty());
     let read = |path: &Path, disk: &Disk, offset: u64, length: u64| -> Result<Vec<u8>, OpenError> {
         let there = disk.size().saturating_sub(offset).min(length);
         let memory = Arc::new(AlignedBuffer::new(to_usize(there)));
@@ -189,7 +192,8 @@ fn keep_contents(
                 Some((path, new)) => read(path, new, at, end - at)? == old,
             };
             if !same {
-                let op = if is_zero(&old) {
+                // What the old backing file leaves zero would be left out; it must be there for the new one.
+                let op = if is_zero(&old) && backed && end - at == unit {
                     Op::WriteZeroes { offset: at, length: end - at, unmap: true }
                 } else {
                     Op::Write { offset: at, memory: Arc::new(AlignedBuffer::from_slice(&old)) }

@@ -273,8 +273,10 @@ pub fn set_backing(
     }
     if let Some(backing) = backing {
         let name = backing.path.to_string_lossy();
-        let below = resolve_backing(path, &name, &BackingPolicy::Any)?;
-        if path.canonicalize().is_ok_and(|path| path == below) {
+        // It need not be there now; only itself it must not be.
+        if let Ok(below) = resolve_backing(path, &name, &BackingPolicy::Any)
+            && path.canonicalize().is_ok_and(|path| path == below)
+        {
             return Err(OpenError::BackingCycle { path: path.to_owned(), again: below });
         }
     }

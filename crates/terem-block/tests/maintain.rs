@@ -373,6 +373,22 @@ fn overlays_are_rebased() {
 }
 
 #[test]
+fn an_image_gets_its_first_backing_file() {
+    let scratch = Scratch::new();
+    scratch.write("base.raw", &vec![1; 2 << 20]);
+    let image = scratch.path("image.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", str(&image), "2M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 100k", str(&image)]);
+    let mut model = Model(vec![0; 2 << 20]);
+    model.0[1 << 20..][..100 << 10].fill(7);
+    let backing = BackingFile { path: "base.raw".into(), format: Format::Raw };
+    let (options, how) = (OpenOptions::default(), terem_block::Rebase::Safe);
+    terem_block::rebase(&image, &options, Some(&backing), how, &mut |_, _| true).expect("rebased");
+    assert_clean(&image);
+    model.assert_qemu_reads(&scratch, &image);
+}
+
+#[test]
 fn disks_are_compared() {
     use terem_block::{Comparison, Difference, compare};
     let scratch = Scratch::new();

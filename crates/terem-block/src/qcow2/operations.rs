@@ -62,9 +62,10 @@ impl Edit<'_> {
             return Err(self.limit("its disk had another size, which takes version 3"));
         }
         self.header.size = snapshot.disk_size;
+        // With what lies beyond the disk's end: the saved machine state, which QEMU reads from there.
         self.l1 = read_l1(self.image(), snapshot.l1_offset, snapshot.l1_size)?;
-        self.l1.truncate(to_usize(self.header.l1_needed(self.header.size)));
-        self.l1.resize(to_usize(self.header.l1_needed(self.header.size)), 0);
+        let needed = to_usize(self.header.l1_needed(self.header.size));
+        self.l1.resize(needed.max(self.l1.len()), 0);
         let (size, cluster) = (self.header.size, self.header.cluster_size());
         for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.flags & AUTO != 0) {
             bitmap.resize(size, cluster);

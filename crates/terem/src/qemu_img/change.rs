@@ -82,16 +82,25 @@ pub fn create(arguments: &arguments::Create) -> Outcome {
 
 /// The line that says what was made.
 fn formatted(path: &str, target: &CreateOptions) -> String {
-    let made = terem_block::info(path, Some(target.format)).map_or(0, |info| info.virtual_size);
+    // As asked for, although it may have been rounded up.
+    let made = target
+        .size
+        .unwrap_or_else(|| terem_block::info(path, Some(target.format)).map_or(0, |info| info.virtual_size));
     let mut text = format!("Formatting '{path}', fmt={}", format_name(target.format));
     let on = |set| if set { "on" } else { "off" };
     let qcow2 = &target.qcow2;
     if target.format == Format::Qcow2 {
         let _ = write!(
             text,
-            " cluster_size={} extended_l2={} compression_type={}",
+            " cluster_size={} extended_l2={}{} compression_type={}",
             qcow2.cluster_size,
             on(qcow2.extended_l2),
+            match target.preallocation {
+                Preallocation::Off => "",
+                Preallocation::Metadata => " preallocation=metadata",
+                Preallocation::Falloc => " preallocation=falloc",
+                Preallocation::Full => " preallocation=full",
+            },
             qcow2.compression.name()
         );
     }

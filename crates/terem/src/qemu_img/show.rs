@@ -347,7 +347,8 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
             (ExtentKind::Data, Some(host)) => {
                 let file = names.get(extent.depth as usize);
                 let file = file.map_or_else(String::new, |file: &PathBuf| file.display().to_string());
-                let _ = writeln!(text, "{:<#16x}{:<#16x}{host:<#16x}{file}", extent.offset, extent.length);
+                let [offset, length, host] = [extent.offset, extent.length, host].map(hex);
+                let _ = writeln!(text, "{offset:<16}{length:<16}{host:<16}{file}");
             }
             (ExtentKind::Data | ExtentKind::Compressed, _) => {
                 out(&text);
@@ -358,6 +359,11 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
     }
     out(&text);
     Ok(0)
+}
+
+/// As C's `%#x`: 0 has no prefix.
+fn hex(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
 }
 
 pub fn measure(arguments: &arguments::Measure) -> Outcome {

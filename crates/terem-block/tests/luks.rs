@@ -79,10 +79,16 @@ impl Qemu {
 
     /// How QEMU is told to open `image`.
     fn image_options(image: &Path) -> String {
-        match terem_block::info(image, None).expect("told").format {
-            Format::Luks => format!("driver=luks,key-secret=s,file.filename={}", str(image)),
-            _ => format!("driver=qcow2,encrypt.key-secret=s,file.filename={}", str(image)),
+        let info = terem_block::info(image, None).expect("told");
+        if info.format == Format::Luks {
+            return format!("driver=luks,key-secret=s,file.filename={}", str(image));
         }
+        // Opened this way, QEMU does not look beside the image for its data file.
+        let data = info.qcow2.and_then(|qcow2| qcow2.data_file).map_or_else(String::new, |name| {
+            let data = image.with_file_name(name);
+            format!(",data-file.driver=file,data-file.filename={}", str(&data))
+        });
+        format!("driver=qcow2,encrypt.key-secret=s,file.filename={}{data}", str(image))
     }
 
     /// QEMU must read what the model says.

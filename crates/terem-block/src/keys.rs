@@ -8,6 +8,9 @@ use terem_crypt::{Cost, CryptError, FileArea, Limits, Luks, VolumeKey};
 use crate::chain::ImageFile;
 use crate::{Format, OpenError, Passphrase, qcow2};
 
+/// The digest of a volume key in a header, and the key.
+type Opened = (Vec<u8>, VolumeKey);
+
 /// Which passphrase opens which image. What was derived from them is kept with them and wiped with the last clone, so
 /// that an image that is opened again, by several readers or just after it was made, costs nothing.
 #[derive(Debug, Clone, Default)]
@@ -17,7 +20,7 @@ pub struct Keys {
     headers: Vec<(PathBuf, PathBuf)>,
     locked: bool,
     /// Volume keys of images opened before, by the digest in their headers: opening again takes no time.
-    opened: Arc<Mutex<Vec<(Vec<u8>, VolumeKey)>>>,
+    opened: Arc<Mutex<Vec<Opened>>>,
 }
 
 impl Keys {

@@ -156,7 +156,6 @@ impl Node {
     }
 
     /// The image, if its format's type is `T`: for what only that format can do.
-    #[allow(dead_code, reason = "for tools of one format")]
     pub(crate) fn of<T: Image>(&self) -> Option<&T> {
         let image: &dyn Any = &*self.0;
         image.downcast_ref()

@@ -438,7 +438,7 @@ fn copies_into_and_out_of_luks() {
     let encrypted = qemu.path("encrypted.qcow2");
     let options = with(Format::Qcow2, 5 * MIB, "encrypt.format=luks");
     convert(
-        &qemu.path("2.luks"),
+        qemu.path("2.luks"),
         &open_options(),
         &encrypted,
         &options,

@@ -175,8 +175,8 @@ pub(crate) struct Tlb {
     globals: bool,
     /// Pairs of the kernel's set that may have entries that are not of global pages.
     passing: Vec<u16>,
-    /// The same of the supervisor's code.
-    passing_code: Vec<u16>,
+    /// The supervisor has fetched from pages that are not global.
+    passing_code: bool,
     /// What is remembered of each process-context identifier.
     of_pcid: Vec<Context>,
     next_generation: u16,
@@ -219,7 +219,7 @@ impl Tlb {
             of_globals: 1,
             globals: false,
             passing: Vec::new(),
-            passing_code: Vec::new(),
+            passing_code: false,
             of_pcid: vec![Context::default(); 4096],
             next_generation: 2,
             epochs: [1, 2],
@@ -289,7 +289,7 @@ impl Tlb {
             of.code = 0;
         }
         self.code = [[NO_CODE; CODE_ENTRIES]; 2];
-        self.passing_code.clear();
+        self.passing_code = false;
         self.fetched = [0; 1024];
         self.clear_places(0);
         self.clear_places(1);
@@ -424,23 +424,21 @@ impl Tlb {
         self.of_pcid[usize::from(pcid)] = Context { generation, code };
         self.generation = u64::from(generation);
         self.epochs[0] = code;
-        if !(self.globals && self.passing.is_empty()) {
+        if !self.globals || !self.passing.is_empty() {
             self.clear_quick(KERNEL);
         }
         (1..3).for_each(|set| self.clear_quick(set));
         self.clear_places(1);
-        if !(self.globals && self.passing_code.is_empty()) {
+        if !self.globals || self.passing_code {
             self.clear_places(0);
         }
         for i in self.passing.drain(..) {
             self.sets[KERNEL][usize::from(i)] = Pair([EMPTY; 2]);
         }
-        if !self.passing_code.is_empty() {
+        if std::mem::take(&mut self.passing_code) {
             // Code of the kernel's that is not global is rare; what was linked to it has to go.
             self.epochs[1] = self.take_epoch();
-            for i in self.passing_code.drain(..) {
-                self.code[0][usize::from(i)] = NO_CODE;
-            }
+            self.code[0] = [NO_CODE; CODE_ENTRIES];
         }
         self.use_generations();
     }
@@ -538,9 +536,7 @@ impl Tlb {
             let (word, bit) = Self::filter(linear);
             self.fetched[word] |= bit;
             self.low_code |= user == 0 && linear >> 63 == 0;
-            if user == 0 && self.globals && !page.global && self.passing_code.len() < CODE_ENTRIES {
-                self.passing_code.push((index % CODE_ENTRIES) as u16);
-            }
+            self.passing_code |= user == 0 && self.globals && !page.global;
         }
     }
 }

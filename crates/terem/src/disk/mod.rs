@@ -284,11 +284,18 @@ fn show_measure(measure: &Measure, json: bool) -> Result<Exit, Failure> {
 }
 
 fn failed(verb: &str, path: &Path, error: &OpenError) -> Failure {
-    failed_text(&format!("{verb} {}", path.display()), error)
+    let (what, reason) = (format!("{verb} {}", path.display()), chain(error));
+    // Most errors begin with their file's name, which stands there already.
+    let reason = reason.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&reason).to_owned();
+    explained(&what, &reason, error)
 }
 
 fn failed_text(what: &str, error: &OpenError) -> Failure {
-    let failure = Failure::host(format!("cannot {what}: {}", chain(error)));
+    explained(what, &chain(error), error)
+}
+
+fn explained(what: &str, reason: &str, error: &OpenError) -> Failure {
+    let failure = Failure::host(format!("cannot {what}: {reason}"));
     match error {
         OpenError::Exists { .. } => failure.hint("--overwrite replaces it"),
         OpenError::NeedsPassphrase { .. } => {

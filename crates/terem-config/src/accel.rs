@@ -14,6 +14,10 @@ pub struct AccelConfig {
     /// Software CPU only: whether hot code is translated to host code (on), or all of it interpreted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub translate: Option<bool>,
+    /// Software CPU only: whether programs that compute for long run on the host's processor directly, in a process of
+    /// their own (on), or are translated as everything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
 }
 
 /// Which accelerator.

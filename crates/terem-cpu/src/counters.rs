@@ -39,4 +39,8 @@ pub struct Counters {
     pub port_accesses: u64,
     /// Accesses to memory-mapped device registers, the local APIC's among them.
     pub mmio_accesses: u64,
+    /// How often a guest's program was run on the host's processor directly, until something stopped it.
+    pub direct_runs: u64,
+    /// Pages mapped for such programs when they touched them, beyond those known before a run.
+    pub direct_pages: u64,
 }

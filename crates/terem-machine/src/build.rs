@@ -190,9 +190,9 @@ fn accelerator(
 ) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
     let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
-    let translate = plan.accelerator.translate;
+    let (translate, direct) = (plan.accelerator.translate, plan.accelerator.direct);
     let phys_bits = plan.memory.phys_bits;
-    let config = SoftConfig { model, topology: c.topology(), phys_bits, translate, trace };
+    let config = SoftConfig { model, topology: c.topology(), phys_bits, translate, direct, trace };
     Ok(Arc::new(SoftAccelerator::new(Arc::clone(bus), memory.clone(), config)?))
 }
 

@@ -13,6 +13,7 @@ use crate::apic::ApicSystem;
 use crate::block::BlockCache;
 use crate::cpu::{Cpu, Ymm};
 use crate::decode::InstructionSet;
+use crate::direct::{Direct, Shared};
 use crate::low::{Low, Room};
 use crate::mmu::Tlb;
 use crate::stats::Stats;
@@ -33,6 +34,8 @@ pub struct SoftConfig {
     pub phys_bits: u8,
     /// Whether hot code is translated, or all of it interpreted.
     pub translate: bool,
+    /// Whether programs that compute for long run on the host's processor directly. (Not where nothing is translated.)
+    pub direct: bool,
     /// What vCPUs tell of what they do.
     pub trace: Option<Trace>,
 }
@@ -45,6 +48,7 @@ pub struct SoftAccelerator {
     apics: Arc<ApicSystem>,
     instruction_set: Arc<InstructionSet>,
     stats: Vec<Arc<Stats>>,
+    direct: Option<Arc<Shared>>,
 }
 
 impl SoftAccelerator {
@@ -78,7 +82,9 @@ impl SoftAccelerator {
         });
         let instruction_set = Arc::new(InstructionSet::new(&config.model.features));
         let stats = ids.iter().map(|_| Arc::default()).collect();
-        Ok(Self { config, bus, memory, apics, instruction_set, stats })
+        let direct = (config.direct && config.translate)
+            .then(|| Arc::new(Shared::new(Arc::clone(&apics), memory.clone())));
+        Ok(Self { config, bus, memory, apics, instruction_set, stats, direct })
     }
 
     pub(crate) fn make(&self, id: u32) -> Result<Low<Cpu>, CpuError> {
@@ -147,6 +153,9 @@ impl SoftAccelerator {
             apic,
             blocks: BlockCache::new(),
             native,
+            direct: self.direct.as_ref().map(|shared| Direct::new(Arc::clone(shared), id)),
+            runs_directly_here: false,
+            kernel_entries: 0,
             stats,
             tracing: c.trace.clone().map(crate::trace::Tracing::new),
             #[cfg(test)]

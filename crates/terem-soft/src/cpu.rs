@@ -186,6 +186,12 @@ pub struct Cpu {
     pub(crate) apic: Arc<Apic>,
     pub(crate) blocks: BlockCache,
     pub(crate) native: crate::translate::Native,
+    /// Programs that run directly, where that is on.
+    pub(crate) direct: Option<Box<crate::direct::Direct>>,
+    /// The present context's program does.
+    pub(crate) runs_directly_here: bool,
+    /// How often user code was left for a kernel.
+    pub(crate) kernel_entries: u64,
     /// Counters.
     pub(crate) stats: Arc<Stats>,
     /// Who is told what it does; mostly nobody.

@@ -66,6 +66,7 @@ impl Cpu {
     }
 
     fn deliver(&mut self, fault: Fault, rip: u64) -> Exec {
+        self.kernel_entries += u64::from(self.cpl == 3);
         if self.cr0 & crate::cpu::cr0::PE == 0 {
             return self.deliver_real(fault, rip);
         }

@@ -24,6 +24,7 @@ mod apic;
 mod block;
 mod cpu;
 mod decode;
+mod direct;
 mod event;
 mod far;
 mod fault;

@@ -70,6 +70,17 @@ struct Mapping {
     kept: Kept,
 }
 
+/// A page as a user's access finds it ([`Cpu::peek_user`]).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leaf {
+    /// The physical page's number.
+    pub(crate) page: u64,
+    pub(crate) writable: bool,
+    pub(crate) executable: bool,
+    pub(crate) accessed: bool,
+    pub(crate) dirty: bool,
+}
+
 /// What a page's protection key takes away from data accesses (Intel SDM vol. 3, 4.6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kept {
@@ -371,6 +382,56 @@ impl Cpu {
         if ok && !kept_out { Ok(()) } else { Err(code::PRESENT) }
     }
 
+    /// What paging has for a user access at `linear`, in long mode, as far as it is RAM whose protection key takes nothing away;
+    /// no bit is set.
+    pub(crate) fn peek_user(&self, linear: u64) -> Option<Leaf> {
+        let width = (1_u64 << self.cpuid.phys_bits()) - 1;
+        let mut table = self.cr3 & 0x000f_ffff_ffff_f000;
+        let (mut writable, mut executable) = (true, true);
+        for level in (1..=4).rev() {
+            let shift = 12 + 9 * (level - 1);
+            let entry = self.table_entry(table + (linear >> shift & 0x1ff) * 8)?;
+            if entry & (pte::PRESENT | pte::USER) != pte::PRESENT | pte::USER
+                || entry & 0x000f_ffff_ffff_f000 & !width != 0
+            {
+                return None;
+            }
+            writable &= entry & pte::WRITE != 0;
+            executable &= entry & pte::NX == 0;
+            let large = level > 1 && entry & pte::LARGE != 0;
+            if large && (level == 4 || (level == 3 && !self.has_1g())) {
+                return None;
+            }
+            if level > 1 && !large {
+                if entry & pte::ACCESSED == 0 {
+                    return None;
+                }
+                table = entry & width & PAGE_MASK;
+                continue;
+            }
+            let offset = (1_u64 << shift) - 1;
+            let keyed = self.cr4 & cr4::PKE != 0 && entry >> pte::KEY_SHIFT & 15 != 0;
+            if keyed || entry & width & offset & !0x1fff & if large { u64::MAX } else { 0 } != 0 {
+                return None;
+            }
+            let physical = entry & width & PAGE_MASK & !offset | linear & offset & PAGE_MASK;
+            self.ram(physical)?;
+            return Some(Leaf {
+                page: physical >> 12,
+                writable,
+                executable,
+                accessed: entry & pte::ACCESSED != 0,
+                dirty: entry & pte::DIRTY != 0,
+            });
+        }
+        None
+    }
+
+    /// Walks the page tables for a user access, with all that it sets in them.
+    pub(crate) fn walk_user(&mut self, linear: u64, access: Access) -> Exec {
+        self.walk(linear, access, true, false).map(|_| ())
+    }
+
     fn has_1g(&self) -> bool {
         self.cpuid.model().features.has("pdpe1gb")
     }
@@ -417,6 +478,7 @@ impl Cpu {
     /// INVLPG, or INVPCID of one address: the page of `linear` in all contexts.
     pub(crate) fn invalidate_page(&mut self, linear: u64) {
         self.stats.tlb_page_flushes.add(1);
+        self.direct_page_gone(linear);
         if !self.tlb.invalidate(linear) {
             self.flush_tlb();
         }
@@ -427,6 +489,7 @@ impl Cpu {
     pub(crate) fn flush_tlb(&mut self) {
         self.stats.tlb_flushes.add(1);
         let pcid = self.pcid();
+        self.direct_context_gone(None);
         self.tlb.flush_all(pcid, self.cr4 & cr4::PGE != 0);
         self.refresh_jump_key();
     }
@@ -436,9 +499,17 @@ impl Cpu {
         let pcid = self.pcid();
         if !keep {
             self.stats.tlb_flushes.add(1);
+            self.direct_context_gone(Some(pcid));
         }
         self.tlb.switch(pcid, keep);
         self.refresh_jump_key();
+        self.refresh_direct();
+    }
+
+    /// Forgets a context that is not the present one.
+    pub(crate) fn forget_context(&mut self, pcid: u16) {
+        self.direct_context_gone(Some(pcid));
+        self.tlb.forget(pcid);
     }
 
     /// Reads MMIO in units of up to 8 bytes.

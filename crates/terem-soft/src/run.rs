@@ -26,6 +26,10 @@ impl Cpu {
             }
             self.follow_changes();
             self.blocks.tidy();
+            if self.runs_directly_here && self.cpl == 3 && !self.native.interpret && self.run_program() {
+                self.native.link = NO_LINK;
+                continue;
+            }
             let result = match self.find_block() {
                 Ok(block) => {
                     // SAFETY: blocks are dropped only by `find_block`, not while one runs.
@@ -196,7 +200,10 @@ impl Cpu {
                     self.nmi_masked = true;
                     self.interrupt(vector::NMI)
                 }
-                Next::Vector(v) => self.interrupt(v),
+                Next::Vector(v) => {
+                    self.interrupted_for_policy();
+                    self.interrupt(v)
+                }
                 Next::External => {
                     let v = self.bus.acknowledge_interrupt();
                     self.interrupt(v)

@@ -43,6 +43,8 @@ pub(crate) struct Stats {
     pub(crate) exceptions: Counter,
     pub(crate) port_accesses: Counter,
     pub(crate) mmio_accesses: Counter,
+    pub(crate) direct_runs: Counter,
+    pub(crate) direct_pages: Counter,
     /// Virtual nanoseconds, without the present sleep.
     halted: Counter,
     /// Virtual time at which the present sleep began, plus 1; 0 while the vCPU is awake.
@@ -83,6 +85,8 @@ impl Stats {
             exceptions: self.exceptions.get(),
             port_accesses: self.port_accesses.get(),
             mmio_accesses: self.mmio_accesses.get(),
+            direct_runs: self.direct_runs.get(),
+            direct_pages: self.direct_pages.get(),
         }
     }
 }

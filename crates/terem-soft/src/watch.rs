@@ -138,6 +138,11 @@ pub(crate) struct Watches {
 }
 
 impl Watches {
+    /// Whether there are any, or a debugger steps.
+    pub(crate) fn any(&self) -> bool {
+        !self.list.is_empty() || self.step
+    }
+
     /// Whether code on the page of `linear` runs an instruction at a time.
     pub(crate) fn execute_on(&self, linear: u64) -> bool {
         let same_page = |w: &Watch| w.kind == WatchKind::Execute && w.at & PAGE_MASK == linear & PAGE_MASK;

@@ -24,7 +24,7 @@ macro_rules! rows {
     };
 }
 
-const ROWS: [Row; 14] = rows![
+const ROWS: [Row; 16] = rows![
     "instructions interpreted" instructions_interpreted true,
     "blocks decoded" blocks_decoded true,
     "blocks translated" blocks_translated true,
@@ -39,6 +39,8 @@ const ROWS: [Row; 14] = rows![
     "exceptions" exceptions true,
     "port accesses" port_accesses true,
     "MMIO accesses" mmio_accesses true,
+    "direct runs" direct_runs true,
+    "pages mapped for them" direct_pages true,
 ];
 
 /// Shows them: as they are, or as they change in `interval` seconds.

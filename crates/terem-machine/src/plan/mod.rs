@@ -69,6 +69,8 @@ pub struct AcceleratorPlan {
     pub reason: Option<String>,
     /// Whether the software CPU translates hot code.
     pub translate: bool,
+    /// Whether programs that compute for long run on the host's processor directly.
+    pub direct: bool,
 }
 
 /// The processors.
@@ -275,7 +277,9 @@ fn accelerator(config: &MachineConfig, host: &HostInventory, errors: &mut Vec<Pl
             Some(host.no_kvm.clone().unwrap_or_else(|| "this version does not use /dev/kvm yet".into()))
         }
     };
-    AcceleratorPlan { kind: AccelKind::Soft, reason, translate: config.accel.translate.unwrap_or(true) }
+    let translate = config.accel.translate.unwrap_or(true);
+    let direct = translate && config.accel.direct.unwrap_or(true);
+    AcceleratorPlan { kind: AccelKind::Soft, reason, translate, direct }
 }
 
 /// What is plugged into PCI.

@@ -16,7 +16,11 @@ impl fmt::Display for Plan {
         let reason = self.accelerator.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
         writeln!(f, "machine      {}", self.name)?;
         writeln!(f, "board        q35")?;
-        let how = if self.accelerator.translate { "" } else { ", interpreter only" };
+        let how = match (self.accelerator.translate, self.accelerator.direct) {
+            (false, _) => ", interpreter only",
+            (true, false) => ", all code translated",
+            (true, true) => "",
+        };
         writeln!(f, "accelerator  software CPU{how}{reason}")?;
         let c = &self.cpus;
         let flags: String = c.flags.iter().map(|flag| format!(",{flag}")).collect();

@@ -83,6 +83,8 @@ pub(crate) struct Apic {
     pending: AtomicBool,
     /// Physical base if memory-mapped and enabled, else all ones: read on each MMIO access.
     mapped: std::sync::atomic::AtomicU64,
+    /// The process in which the vCPU runs a program directly; 0: it does not.
+    process: std::sync::atomic::AtomicI32,
     timer: OnceLock<Timer>,
     system: OnceLock<Weak<ApicSystem>>,
 }
@@ -137,6 +139,7 @@ impl Apic {
             attention: AtomicBool::new(true),
             pending: AtomicBool::new(true),
             mapped: std::sync::atomic::AtomicU64::new(power_on.base & base::ADDRESS),
+            process: std::sync::atomic::AtomicI32::new(0),
             timer: OnceLock::new(),
             system: OnceLock::new(),
         }
@@ -188,7 +191,41 @@ impl Apic {
         self.attention.store(true, Ordering::SeqCst);
         // The lock orders this against a vCPU that has just looked and is about to sleep.
         drop(locked(&self.registers));
+        self.stop_direct_run();
         self.wake.notify_all();
+    }
+
+    /// The vCPU is about to run a program in this process. It looks at [`Self::wants_attention`] after this: who asks for attention
+    /// looks for a process afterwards.
+    pub(crate) fn begin_direct_run(&self, process: i32) {
+        self.process.store(process, Ordering::SeqCst);
+    }
+
+    /// The program has stopped.
+    pub(crate) fn end_own_direct_run(&self) {
+        self.process.store(0, Ordering::SeqCst);
+    }
+
+    /// Whether the vCPU runs a program directly.
+    pub(crate) fn runs_directly(&self) -> bool {
+        self.process.load(Ordering::SeqCst) != 0
+    }
+
+    /// Stops the program that the vCPU may be running directly.
+    pub(crate) fn stop_direct_run(&self) {
+        if self.runs_directly() {
+            // Under the lock, so that the process is not waited for meanwhile.
+            let _registers = locked(&self.registers);
+            let process = self.process.load(Ordering::SeqCst);
+            if process != 0 {
+                crate::direct::stop(process);
+            }
+        }
+    }
+
+    /// To be called before a process is waited for that the vCPU ran programs in: nobody is about to signal it after this.
+    pub(crate) fn forget_process(&self) {
+        drop(locked(&self.registers));
     }
 
     /// The same from the vCPU's own thread, which does not sleep now.

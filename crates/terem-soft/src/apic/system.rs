@@ -22,7 +22,10 @@ impl ApicSystem {
 
     /// Asks all vCPUs that run to look up; wakes nobody.
     pub(crate) fn look_again(&self) {
-        self.apics.iter().for_each(|a| a.look_again());
+        for apic in &self.apics {
+            apic.look_again();
+            apic.stop_direct_run();
+        }
     }
 
     /// How many vCPUs there are.

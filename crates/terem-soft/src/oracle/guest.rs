@@ -59,8 +59,14 @@ impl Guest {
     fn after_reset() -> Self {
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 1 << 20 }]).unwrap();
         let model = CpuModel::find("max", &[]).unwrap();
-        let config =
-            SoftConfig { model, topology: Topology::flat(1), phys_bits: 40, translate: true, trace: None };
+        let config = SoftConfig {
+            model,
+            topology: Topology::flat(1),
+            phys_bits: 40,
+            translate: true,
+            direct: false,
+            trace: None,
+        };
         let bus = Arc::new(Bus::new(Clock::manual()));
         Self { cpu: SoftAccelerator::new(bus, memory, config).unwrap().make(0).unwrap() }
     }

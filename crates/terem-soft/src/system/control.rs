@@ -335,11 +335,11 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Exec {
         0 => {
             cpu.invalidate_page(linear);
             if pcid != cpu.pcid() {
-                cpu.tlb.forget(pcid);
+                cpu.forget_context(pcid);
             }
         }
         1 if pcid == cpu.pcid() => cpu.switch_context(false),
-        1 => cpu.tlb.forget(pcid),
+        1 => cpu.forget_context(pcid),
         2 | 3 => cpu.flush_tlb(),
         _ => return Err(Fault::GP0),
     }

@@ -150,6 +150,7 @@ fn syscall(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     let next = cpu.next_rip(op);
     let selector = (cpu.msrs.star >> 32) as u16;
+    cpu.kernel_entries += 1;
     if cpu.long_mode() {
         let flags = cpu.rflags() & !rflags::RF;
         cpu.gpr[1] = next;

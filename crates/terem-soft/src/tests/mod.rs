@@ -104,7 +104,14 @@ impl Rig {
         let flags: Vec<String> = words.map(str::to_owned).collect();
         let bus = Arc::new(Bus::new(clock));
         let model = CpuModel::find(model, &flags).unwrap();
-        let config = SoftConfig { model, topology: Topology::flat(cpus), phys_bits: 40, translate, trace };
+        let config = SoftConfig {
+            model,
+            topology: Topology::flat(cpus),
+            phys_bits: 40,
+            translate,
+            direct: false,
+            trace,
+        };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());
         let port = ExitPort(OnceLock::new());
         port.0.set(Arc::downgrade(&accelerator)).unwrap();

@@ -100,7 +100,8 @@ pub(super) extern "sysv64" fn marked(cpu: *mut Cpu, mark: u64, site: *const Site
 impl Cpu {
     /// What to tell translated code when it is to go on at [`Cpu::rip`].
     fn elsewhere(&self) -> u64 {
-        let here = self.native.interpret || self.interrupt_shadow || self.apic.wants_attention();
+        let direct = self.runs_directly_here && self.cpl == 3;
+        let here = self.native.interpret || self.interrupt_shadow || direct || self.apic.wants_attention();
         if here { LEAVE } else { ELSEWHERE }
     }
 

@@ -8,6 +8,7 @@ mod control;
 mod direct;
 mod native;
 mod state;
+pub(crate) use state::SHARED_SIZE;
 mod xsave;
 
 #[cfg(test)]

@@ -197,6 +197,39 @@ impl Cpu {
     }
 }
 
+/// Bytes of the state that programs that run directly share with the host: legacy region, header, upper halves of YMM.
+pub(crate) const SHARED_SIZE: usize = HEADER_END + 256;
+
+impl Cpu {
+    /// x87 and vector registers in the standard format.
+    pub(crate) fn save_shared(&self, bytes: &mut [u8; SHARED_SIZE]) {
+        bytes.fill(0);
+        self.fpu.save(bytes, true);
+        self.save_mxcsr(bytes);
+        self.save_xmm(bytes, 16);
+        let mut present = X87 | SSE;
+        if self.uppers {
+            present |= AVX;
+            self.save_component(AVX, &mut bytes[HEADER_END..]);
+        }
+        bytes[HEADER..HEADER + 8].copy_from_slice(&present.to_le_bytes());
+    }
+
+    /// Takes over what a host gives, which is all there whatever the header says. `before`: what it was given.
+    pub(crate) fn load_shared(&mut self, bytes: &[u8; SHARED_SIZE], before: &[u8; SHARED_SIZE]) {
+        if bytes[..24] != before[..24] || bytes[32..XMM] != before[32..XMM] {
+            self.fpu.restore(bytes, true);
+        }
+        self.set_mxcsr(double(bytes, 24));
+        for (i, to) in self.ymm.iter_mut().enumerate() {
+            to.low.0 = xmm_at(bytes, i);
+        }
+        if self.uppers || bytes[HEADER_END..].iter().any(|&b| b != 0) {
+            self.restore_component(AVX, Some(&bytes[HEADER_END..]), 16);
+        }
+    }
+}
+
 fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     let at = cpu.aligned_area(op, HEADER as u64, 16, true)?;
     let mut bytes = [0; LEGACY_SIZE];

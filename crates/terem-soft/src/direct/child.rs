@@ -1,0 +1,583 @@
+//! A process whose address space is a guest program's: traced by the vCPU's thread, with nothing else in it.
+//!
+//! It is made from an executable of one page ([`Image`]) that has a loop of system calls, maps what it is told in place of
+//! what the kernel gave it, and then locks itself in: a seccomp filter lets system calls through only from that loop, and only
+//! those that change mappings. While a guest's code runs, no system call is executed at all (`PTRACE_SYSEMU`).
+//!
+//! ```text
+//!   STUB          the loop; can be read and executed, nothing more
+//!   STUB + 4 KiB  system calls to make, which the VMM writes; can be read
+//!   all else      pages of guest memory, as far as they are mapped
+//! ```
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::ptr::NonNull;
+
+use libc::{c_int, pid_t, user_regs_struct};
+use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
+
+use crate::x87::SHARED_SIZE;
+
+/// Where the stub lies: at the lowest address that Linux gives out by default, which programs hardly ever ask for.
+pub(super) const STUB: u64 = 0x1_0000;
+/// One past the stub's two pages.
+pub(super) const STUB_END: u64 = STUB + 0x2000;
+/// Where the stub's list of calls is.
+const CALLS: u64 = STUB + 0x1000;
+/// One past the last address that a program may have.
+pub(super) const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// The stub behind the headers of its executable: it waits; and it makes R12 calls of the list at RBX (number and six
+/// arguments each), stops at the first that fails, and traps.
+#[rustfmt::skip]
+const CODE: &[u8] = &[
+    0xb8, 34, 0, 0, 0,              // wait: mov eax, SYS_pause
+    0x0f, 0x05,                     //       syscall
+    0xeb, 0xf7,                     //       jmp wait
+    0x48, 0x8b, 0x03,               // next: mov rax, [rbx]
+    0x48, 0x8b, 0x7b, 8,            //       mov rdi, [rbx+8]
+    0x48, 0x8b, 0x73, 16,           //       mov rsi, [rbx+16]
+    0x48, 0x8b, 0x53, 24,           //       mov rdx, [rbx+24]
+    0x4c, 0x8b, 0x53, 32,           //       mov r10, [rbx+32]
+    0x4c, 0x8b, 0x43, 40,           //       mov r8, [rbx+40]
+    0x4c, 0x8b, 0x4b, 48,           //       mov r9, [rbx+48]
+    0x0f, 0x05,                     //       syscall
+    0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff, //   cmp rax, -4095
+    0x73, 9,                        //       jae done
+    0x48, 0x83, 0xc3, 56,           //       add rbx, 56
+    0x49, 0xff, 0xcc,               //       dec r12
+    0x75, 0xd2,                     //       jnz next
+    0xcc,                           // done: int3
+];
+/// Where in the executable's page the stub's code is: behind its two headers.
+const CODE_AT: u64 = 0x78;
+const WAIT: u64 = STUB + CODE_AT;
+const NEXT: u64 = WAIT + 9;
+
+/// A system call: its number and arguments.
+pub(super) type Call = [u64; 7];
+/// Calls in the list, at most.
+const MOST_CALLS: usize = 4096 / size_of::<Call>();
+
+/// What the process's descriptors are.
+const RAM_FD: u64 = 0;
+const CALLS_FD: u64 = 1;
+
+/// The executable, in memory.
+#[derive(Debug)]
+pub(super) struct Image(File);
+
+impl Image {
+    /// # Errors
+    /// The host's, when it does not let programs be made so.
+    pub(super) fn new() -> io::Result<Self> {
+        let mut page = vec![0_u8; 4096];
+        // ELF header and one program header (System V ABI, chapters 4 and 5).
+        page[..16].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
+        put(16, &2_u16.to_le_bytes()); // executable
+        put(18, &62_u16.to_le_bytes()); // x86-64
+        put(20, &1_u32.to_le_bytes());
+        put(24, &WAIT.to_le_bytes());
+        put(32, &64_u64.to_le_bytes());
+        put(52, &64_u16.to_le_bytes());
+        put(54, &56_u16.to_le_bytes());
+        put(56, &1_u16.to_le_bytes());
+        put(64, &1_u32.to_le_bytes()); // load
+        put(68, &5_u32.to_le_bytes()); // read, execute
+        put(80, &STUB.to_le_bytes());
+        put(88, &STUB.to_le_bytes());
+        put(96, &4096_u64.to_le_bytes());
+        put(104, &4096_u64.to_le_bytes());
+        put(112, &4096_u64.to_le_bytes());
+        put(CODE_AT as usize, CODE);
+        let writable = memfd_create("terem-program", MemfdFlags::CLOEXEC)?;
+        let mut file = File::from(writable);
+        file.write_all(&page)?;
+        // What is open for writing cannot be executed.
+        let read_only = open(path_of(&file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self(File::from(read_only)))
+    }
+}
+
+fn path_of(file: &File) -> String {
+    format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file))
+}
+
+/// The list of calls, shared with the process.
+#[derive(Debug)]
+struct Calls(NonNull<Call>);
+
+impl Calls {
+    fn new() -> io::Result<(Self, OwnedFd)> {
+        let fd = memfd_create("terem-calls", MemfdFlags::CLOEXEC)?;
+        ftruncate(&fd, 4096)?;
+        // SAFETY: a new shared mapping at an address of the kernel's choice.
+        let at = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                4096,
+                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+                rustix::mm::MapFlags::SHARED,
+                &fd,
+                0,
+            )
+        }?;
+        let at = NonNull::new(at.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok((Self(at), fd))
+    }
+
+    /// Writes calls to the list's start; as many as it takes.
+    fn put(&mut self, calls: &[Call]) -> usize {
+        let count = calls.len().min(MOST_CALLS);
+        // SAFETY: the mapping has room for that many, and the process only reads while it runs.
+        unsafe { std::ptr::copy_nonoverlapping(calls.as_ptr(), self.0.as_ptr(), count) };
+        count
+    }
+
+    fn put_bytes(&mut self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= 4096, "the list is a page");
+        // SAFETY: inside the mapping.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.as_ptr().cast::<u8>().add(at), bytes.len());
+        }
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`.
+        let _ = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), 4096) };
+    }
+}
+
+/// Why a guest's code stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// A system call: RIP is behind its two bytes, RAX in `orig_rax`.
+    SystemCall,
+    /// A page fault at this address (0 for what is none).
+    Fault(u64),
+    /// A breakpoint or a single step.
+    Trap,
+    /// A call of the page of old system calls at this address, already returned from.
+    OldCall(u64),
+    /// Another exception, or somebody asked.
+    Other,
+}
+
+/// The process. Everything but [`stop`] is the vCPU's thread's.
+#[derive(Debug)]
+pub(super) struct Child {
+    process: std::process::Child,
+    pid: pid_t,
+    calls: Calls,
+    /// General registers, as they are in the process while it stands.
+    pub(super) registers: user_regs_struct,
+    /// `registers` are to be put into it before it runs.
+    pub(super) changed: bool,
+    /// x87 and vector state in the host's standard format, as long as the host's.
+    extended: Vec<u8>,
+    /// The part of it that a guest has, as it is in the process.
+    shared: [u8; SHARED_SIZE],
+}
+
+// SAFETY: the mapping is this value's own. (A process obeys only the thread that traces it; another one gets errors.)
+unsafe impl Send for Child {}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+impl Child {
+    /// A process for guest memory `ram`, traced by this thread.
+    ///
+    /// # Errors
+    /// The host's, when it lets no such process be made or traced.
+    pub(super) fn new(image: &Image, ram: BorrowedFd<'_>) -> io::Result<Self> {
+        let (calls, calls_fd) = Calls::new()?;
+        let process = Command::new(path_of(&image.0))
+            .env_clear()
+            .process_group(0)
+            .stdin(Stdio::from(ram.try_clone_to_owned()?))
+            .stdout(Stdio::from(calls_fd))
+            .stderr(Stdio::null())
+            .spawn()?;
+        let pid = pid_t::try_from(process.id()).map_err(io::Error::other)?;
+        // SAFETY: all zeroes is a value of this plain structure.
+        let registers: user_regs_struct = unsafe { std::mem::zeroed() };
+        let mut child = Self {
+            process,
+            pid,
+            calls,
+            registers,
+            changed: false,
+            extended: Vec::new(),
+            shared: [0; SHARED_SIZE],
+        };
+        child.take_over()?;
+        Ok(child)
+    }
+
+    fn take_over(&mut self) -> io::Result<()> {
+        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        // SAFETY: these requests take no pointer.
+        check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, self.pid, 0, options) })?;
+        // SAFETY: as above.
+        check(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, self.pid, 0, 0) })?;
+        self.wait()?;
+        self.get_registers()?;
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid))?;
+        let mut calls: Vec<Call> =
+            vec![[libc::SYS_mmap as u64, CALLS, 4096, libc::PROT_READ as u64, SHARED_FIXED, CALLS_FD, 0]];
+        // The first call is made from registers, since there is no list before it.
+        let call = calls[0];
+        let r = &mut self.registers;
+        [r.rax, r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = call;
+        (r.rip, r.r12, r.rbx, r.orig_rax) = (NEXT + 27, 1, 0, u64::MAX);
+        self.run_stub()?;
+        calls.clear();
+        for (from, to) in
+            maps.lines().filter_map(range_of).filter(|&(from, to)| from >= STUB_END && to <= USER_END)
+        {
+            calls.push([libc::SYS_munmap as u64, from, to - from, 0, 0, 0, 0]);
+        }
+        calls.push([libc::SYS_close as u64, CALLS_FD, 0, 0, 0, 0, 0]);
+        calls.push([libc::SYS_close as u64, 2, 0, 0, 0, 0, 0]);
+        let filter = filter();
+        let bytes: Vec<u8> = filter.iter().flat_map(instruction_bytes).collect();
+        let at = 4096 - 16 - bytes.len();
+        self.calls.put_bytes(at, &bytes);
+        let mut program = [0; 16];
+        program[..2].copy_from_slice(&(filter.len() as u16).to_le_bytes());
+        program[8..].copy_from_slice(&(CALLS + at as u64).to_le_bytes());
+        self.calls.put_bytes(4096 - 16, &program);
+        calls.push([libc::SYS_prctl as u64, libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0]);
+        let mode = u64::from(libc::SECCOMP_SET_MODE_FILTER);
+        calls.push([libc::SYS_seccomp as u64, mode, 0, CALLS + 4096 - 16, 0, 0, 0]);
+        self.call(&calls)?;
+        self.extended = vec![0; 16384];
+        let mut part = self.vector();
+        self.regset(libc::PTRACE_GETREGSET, &mut part)?;
+        let size = part.iov_len;
+        if size < SHARED_SIZE {
+            return Err(io::Error::other("the host has no AVX"));
+        }
+        self.extended.truncate(size);
+        Ok(())
+    }
+
+    /// Makes system calls in the process, in order, up to the first that fails.
+    ///
+    /// # Errors
+    /// That one's, or that the process is gone.
+    pub(super) fn call(&mut self, calls: &[Call]) -> io::Result<()> {
+        let mut rest = calls;
+        while !rest.is_empty() {
+            let count = self.calls.put(rest);
+            let before = self.registers;
+            let r = &mut self.registers;
+            (r.rip, r.rbx, r.r12, r.orig_rax) = (NEXT, CALLS, count as u64, u64::MAX);
+            self.run_stub()?;
+            self.registers = before;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    /// Lets the stub run to its trap.
+    fn run_stub(&mut self) -> io::Result<()> {
+        self.put_registers()?;
+        loop {
+            // SAFETY: no pointer.
+            check(unsafe { libc::ptrace(libc::PTRACE_CONT, self.pid, 0, 0) })?;
+            match self.wait()? {
+                libc::SIGTRAP => break,
+                signal @ (libc::SIGSYS | libc::SIGSEGV | libc::SIGILL | libc::SIGBUS) => {
+                    return Err(io::Error::other(format!("the stub got signal {signal}")));
+                }
+                // What others want of the vCPU has to wait, and is looked at before guest code runs.
+                _ => {}
+            }
+        }
+        self.changed = true;
+        self.get_registers()?;
+        let left = self.registers.r12;
+        if left == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error((self.registers.rax as i64).wrapping_neg() as i32))
+        }
+    }
+
+    /// Runs the guest's code to whatever stops it.
+    ///
+    /// # Errors
+    /// The process is gone, or the host refuses.
+    pub(super) fn run(&mut self) -> io::Result<Why> {
+        if std::mem::take(&mut self.changed) {
+            self.put_registers()?;
+        }
+        // SAFETY: no pointer.
+        check(unsafe { libc::ptrace(libc::PTRACE_SYSEMU, self.pid, 0, 0) })?;
+        let signal = self.wait()?;
+        self.get_registers()?;
+        Ok(match signal {
+            SYSTEM_CALL => Why::SystemCall,
+            libc::SIGSEGV => Why::Fault(self.fault_address()?),
+            libc::SIGTRAP => Why::Trap,
+            libc::SIGSYS => Why::OldCall(self.fault_address()?),
+            _ => Why::Other,
+        })
+    }
+
+    /// Waits until it stands; gives the signal.
+    fn wait(&mut self) -> io::Result<c_int> {
+        let mut status = 0;
+        loop {
+            // SAFETY: the pointer is to a local.
+            if unsafe { libc::waitpid(self.pid, &raw mut status, libc::__WALL) } == self.pid {
+                break;
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        if libc::WIFSTOPPED(status) {
+            Ok(libc::WSTOPSIG(status))
+        } else {
+            Err(io::Error::other("it was killed"))
+        }
+    }
+
+    fn get_registers(&mut self) -> io::Result<()> {
+        // SAFETY: the kernel fills the structure that the pointer is to.
+        check(unsafe { libc::ptrace(libc::PTRACE_GETREGS, self.pid, 0, &raw mut self.registers) })
+    }
+
+    fn put_registers(&mut self) -> io::Result<()> {
+        // SAFETY: the kernel reads the structure that the pointer is to.
+        check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, self.pid, 0, &raw const self.registers) })
+    }
+
+    fn vector(&mut self) -> libc::iovec {
+        libc::iovec { iov_base: self.extended.as_mut_ptr().cast(), iov_len: self.extended.len() }
+    }
+
+    fn regset(&mut self, request: libc::c_uint, part: &mut libc::iovec) -> io::Result<()> {
+        // SAFETY: the kernel fills or reads at most what the vector says, which is `extended`.
+        check(unsafe { libc::ptrace(request, self.pid, XSTATE, &raw mut *part) })
+    }
+
+    /// x87 and vector state as it was last put in or fetched.
+    pub(super) fn extended(&self) -> &[u8; SHARED_SIZE] {
+        &self.shared
+    }
+
+    /// Fetches it.
+    pub(super) fn get_extended(&mut self) -> io::Result<&[u8; SHARED_SIZE]> {
+        let mut part = self.vector();
+        self.regset(libc::PTRACE_GETREGSET, &mut part)?;
+        self.shared.copy_from_slice(&self.extended[..SHARED_SIZE]);
+        // What the header says of components does not matter: all of them are there.
+        self.shared[512..576].fill(0);
+        self.shared[512] = 7;
+        Ok(&self.shared)
+    }
+
+    /// Puts it into the process. What a guest does not have goes to its initial state.
+    pub(super) fn put_extended(&mut self, state: &[u8; SHARED_SIZE]) -> io::Result<()> {
+        if *state == self.shared {
+            return Ok(());
+        }
+        self.shared = *state;
+        self.extended[..SHARED_SIZE].copy_from_slice(state);
+        self.extended[SHARED_SIZE..].fill(0);
+        let mut part = self.vector();
+        self.regset(libc::PTRACE_SETREGSET, &mut part)
+    }
+
+    /// `si_addr`, or `si_call_addr`.
+    fn fault_address(&self) -> io::Result<u64> {
+        // SAFETY: all zeroes is a value of this plain structure.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel fills the structure that the pointer is to.
+        check(unsafe { libc::ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, &raw mut info) })?;
+        // A general-protection fault has no address (si_code SI_KERNEL).
+        if info.si_code == SI_KERNEL {
+            return Ok(0);
+        }
+        // SAFETY: both kinds of information begin with an address.
+        Ok(unsafe { info.si_addr() } as u64)
+    }
+
+    pub(super) fn pid(&self) -> pid_t {
+        self.pid
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Asks the process to stop; from any thread.
+pub(crate) fn stop(pid: pid_t) {
+    // SAFETY: sends a signal. The caller knows that the process has not been waited for.
+    unsafe { libc::kill(pid, libc::SIGUSR1) };
+}
+
+/// `PTRACE_O_TRACESYSGOOD`.
+const SYSTEM_CALL: c_int = libc::SIGTRAP | 0x80;
+const SI_KERNEL: c_int = 0x80;
+/// NT_X86_XSTATE.
+const XSTATE: usize = 0x202;
+pub(super) const SHARED_FIXED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
+
+/// A mapping of guest memory at `offset` of its file.
+pub(super) fn map(address: u64, len: u64, protection: c_int, offset: u64) -> Call {
+    // What is asked for is wanted soon.
+    let flags = SHARED_FIXED | if len <= 1 << 18 { libc::MAP_POPULATE as u64 } else { 0 };
+    [libc::SYS_mmap as u64, address, len, protection as u64, flags, RAM_FD, offset]
+}
+
+/// The end of a mapping.
+pub(super) fn unmap(address: u64, len: u64) -> Call {
+    [libc::SYS_munmap as u64, address, len, 0, 0, 0, 0]
+}
+
+/// First and last address of a line of `/proc/PID/maps`.
+fn range_of(line: &str) -> Option<(u64, u64)> {
+    let (from, rest) = line.split_once('-')?;
+    let (to, _) = rest.split_once(' ')?;
+    Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
+}
+
+/// Lets `mmap` and `munmap` through from the stub's page; everything else gets SIGSYS (seccomp(2)).
+fn filter() -> [libc::sock_filter; 12] {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const AT_LEAST: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    const X86_64: u32 = 0xc000_003e;
+    let op = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    // Offsets in seccomp_data: number 0, architecture 4, instruction pointer 8.
+    [
+        op(LOAD, 4, 0, 0),
+        op(EQUAL, X86_64, 0, 8),
+        op(LOAD, 12, 0, 0),
+        op(EQUAL, 0, 0, 6),
+        op(LOAD, 8, 0, 0),
+        op(AT_LEAST, STUB as u32, 0, 4),
+        op(AT_LEAST, STUB as u32 + 0x1000, 3, 0),
+        op(LOAD, 0, 0, 0),
+        op(EQUAL, libc::SYS_mmap as u32, 2, 0),
+        op(EQUAL, libc::SYS_munmap as u32, 1, 0),
+        op(RETURN, libc::SECCOMP_RET_TRAP, 0, 0),
+        op(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ]
+}
+
+fn instruction_bytes(i: &libc::sock_filter) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    bytes[..2].copy_from_slice(&i.code.to_le_bytes());
+    (bytes[2], bytes[3]) = (i.jt, i.jf);
+    bytes[4..].copy_from_slice(&i.k.to_le_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    fn memory(bytes: &[u8]) -> File {
+        let fd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+        let mut file = File::from(fd);
+        file.write_all(bytes).unwrap();
+        file.set_len(0x10000).unwrap();
+        file
+    }
+
+    fn child(code: &[u8]) -> Child {
+        let mut child = Child::new(&Image::new().unwrap(), memory(code).as_fd()).unwrap();
+        child.call(&[map(0x40_0000, 0x1000, libc::PROT_READ | libc::PROT_EXEC, 0)]).unwrap();
+        child.registers.rip = 0x40_0000;
+        child.changed = true;
+        child
+    }
+
+    #[test]
+    fn nothing_is_there_but_the_stub() {
+        let child = child(&[0xcc]);
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", child.pid())).unwrap();
+        let ranges: Vec<_> = maps.lines().filter_map(range_of).filter(|r| r.1 <= USER_END).collect();
+        assert_eq!(ranges, [(STUB, STUB + 0x1000), (CALLS, CALLS + 0x1000), (0x40_0000, 0x40_1000)]);
+    }
+
+    #[test]
+    fn code_runs_to_what_stops_it() {
+        // mov eax, 39; syscall; mov [5000h], al
+        let mut child = child(&[0xb8, 39, 0, 0, 0, 0x0f, 0x05, 0x88, 4, 0x25, 0, 0x50, 0, 0]);
+        assert_eq!(child.run().unwrap(), Why::SystemCall);
+        assert_eq!((child.registers.rip, child.registers.orig_rax), (0x40_0007, 39));
+        assert_eq!(child.registers.rax as i64, i64::from(-libc::ENOSYS), "the call has not been made");
+        assert_eq!(child.run().unwrap(), Why::Fault(0x5000));
+        assert_eq!(child.registers.rip, 0x40_0007);
+    }
+
+    #[test]
+    fn the_stub_makes_no_calls_for_guests() {
+        // mov eax, SYS_mmap; mov ecx, NEXT + 27; jmp rcx
+        let target = (NEXT + 27) as u32;
+        let mut code = vec![0xb8, 9, 0, 0, 0, 0xb9];
+        code.extend(target.to_le_bytes());
+        code.extend([0xff, 0xe1]);
+        let mut child = child(&code);
+        assert_eq!(child.run().unwrap(), Why::SystemCall);
+        assert_eq!(child.registers.rax as i64, i64::from(-libc::ENOSYS));
+    }
+
+    #[test]
+    fn calls_are_few_and_only_the_stubs() {
+        let mut child = child(&[0xcc]);
+        let refused = child.call(&[[libc::SYS_getpid as u64, 0, 0, 0, 0, 0, 0]]);
+        assert!(refused.is_err(), "the filter lets mappings through, nothing else");
+        let bad = child.call(&[map(0x50_0000, 0x1000, libc::PROT_READ, 1)]).unwrap_err();
+        assert_eq!(bad.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn it_is_asked_to_stop() {
+        let mut child = child(&[0xeb, 0xfe]);
+        let pid = child.pid();
+        let other = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            stop(pid);
+        });
+        assert_eq!(child.run().unwrap(), Why::Other);
+        assert_eq!(child.registers.rip, 0x40_0000);
+        other.join().unwrap();
+    }
+
+    #[test]
+    fn vector_registers_go_in_and_come_out() {
+        // paddd xmm0, xmm0; int3
+        let mut child = child(&[0x66, 0x0f, 0xfe, 0xc0, 0xcc]);
+        let mut state = [0; SHARED_SIZE];
+        state[512] = 2;
+        state[160..164].copy_from_slice(&21_u32.to_le_bytes());
+        child.put_extended(&state).unwrap();
+        assert_eq!(child.run().unwrap(), Why::Trap);
+        let state = child.get_extended().unwrap();
+        assert_eq!(state[160..164], 42_u32.to_le_bytes());
+        assert_eq!((state[0], state[1]), (0x7f, 3), "x87 is as after fninit");
+    }
+}

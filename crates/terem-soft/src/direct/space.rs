@@ -1,0 +1,156 @@
+//! A guest program's address space, as far as a process has it mapped.
+//!
+//! It is to the page tables what a TLB is: what is in it was there when it was put in, and stays until the guest says that it
+//! may have changed (`invlpg`, writes to CR3 …). A flush of everything does not drop it: before the next run each page is looked
+//! up in the page tables again, which costs a hundredth of mapping it anew.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::child::{Call, Child, map, unmap};
+use super::shared::Shared;
+
+/// What a program may do with a mapped page beside reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Read,
+    Write,
+    /// Execute, while the page has this mark.
+    Execute(u32),
+    /// Read; as long as the page has this mark, it holds code that must not run.
+    Kept(u32),
+}
+
+impl Use {
+    fn protection(self) -> libc::c_int {
+        match self {
+            Self::Read | Self::Kept(_) => libc::PROT_READ,
+            Self::Write => libc::PROT_READ | libc::PROT_WRITE,
+            Self::Execute(_) => libc::PROT_READ | libc::PROT_EXEC,
+        }
+    }
+}
+
+/// A page: its physical number, and what for it is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Page {
+    pub(super) physical: u64,
+    pub(super) usage: Use,
+}
+
+/// Mappings of one process, at most: below Linux' limit of 65,530, whatever neighbours it can join.
+const MOST_REGIONS: usize = 30_000;
+
+/// The address space of one CR3, on one vCPU.
+pub(super) struct Space {
+    /// CR3 without what is no address.
+    pub(super) root: u64,
+    pub(super) pcid: u16,
+    pub(super) child: Child,
+    pub(super) pages: BTreeMap<u64, Page>,
+    /// Everything may have changed.
+    pub(super) stale: bool,
+    /// Linear page numbers that may have changed.
+    pub(super) gone: Vec<u64>,
+    /// How often code of the machine had been written over when marks were last compared.
+    pub(super) changes: u64,
+    /// When it was last used, in runs of this vCPU.
+    pub(super) used: u64,
+    /// The CPU that the process is on.
+    pub(super) cpu: Option<usize>,
+    regions: usize,
+}
+
+impl Space {
+    pub(super) fn new(root: u64, pcid: u16, child: Child) -> Self {
+        let (pages, gone) = (BTreeMap::new(), Vec::new());
+        Self { root, pcid, child, pages, stale: false, gone, changes: 0, used: 0, cpu: None, regions: 0 }
+    }
+
+    /// Whether there is room for this many more mappings.
+    pub(super) fn has_room(&self, more: usize) -> bool {
+        self.regions + more <= MOST_REGIONS
+    }
+
+    /// Maps pages by linear page number, ascending. What must not be written as things are, is mapped for reading.
+    ///
+    /// # Errors
+    /// The host's; the space is good for nothing then.
+    pub(super) fn put(&mut self, shared: &Shared, pages: &[(u64, Page)]) -> io::Result<()> {
+        let mut calls: Vec<Call> = Vec::new();
+        let mut before = Vec::new();
+        // First and last page of the mapping that grows, its first byte in the file, its protection.
+        let mut group: Option<(u64, u64, u64, libc::c_int)> = None;
+        for &(linear, mut page) in pages {
+            let Some(offset) = shared.offset(page.physical) else { continue };
+            if page.usage == Use::Write && !shared.let_write(page.physical) {
+                page.usage = Use::Read;
+            }
+            if let Some(old) = self.pages.insert(linear, page)
+                && old.usage == Use::Write
+            {
+                before.push(old.physical);
+            }
+            let protection = page.usage.protection();
+            group = match group {
+                Some((from, last, at, p))
+                    if p == protection && last + 1 == linear && at + (linear - from) * 4096 == offset =>
+                {
+                    Some((from, linear, at, p))
+                }
+                done => {
+                    calls.extend(done.map(call_of));
+                    Some((linear, linear, offset, protection))
+                }
+            };
+        }
+        calls.extend(group.map(call_of));
+        self.regions += calls.len();
+        let result = self.child.call(&calls);
+        before.into_iter().for_each(|page| shared.no_longer_writes(page));
+        result
+    }
+
+    /// Takes pages away that are mapped, by linear page number, ascending.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub(super) fn take(&mut self, shared: &Shared, linear: &[u64]) -> io::Result<()> {
+        let mut calls: Vec<Call> = Vec::new();
+        let mut written = Vec::new();
+        let mut group: Option<(u64, u64)> = None;
+        for &page in linear {
+            let Some(old) = self.pages.remove(&page) else { continue };
+            if old.usage == Use::Write {
+                written.push(old.physical);
+            }
+            group = match group {
+                Some((from, last)) if last + 1 == page => Some((from, page)),
+                done => {
+                    calls.extend(done.map(|(from, last)| unmap(from * 4096, (last + 1 - from) * 4096)));
+                    Some((page, page))
+                }
+            };
+        }
+        calls.extend(group.map(|(from, last)| unmap(from * 4096, (last + 1 - from) * 4096)));
+        let result = self.child.call(&calls);
+        if self.pages.is_empty() {
+            self.regions = 0;
+        }
+        written.into_iter().for_each(|page| shared.no_longer_writes(page));
+        result
+    }
+
+    /// Forgets all pages, without the process: it is about to go.
+    pub(super) fn forget(&mut self, shared: &Shared) {
+        for page in std::mem::take(&mut self.pages).into_values() {
+            if page.usage == Use::Write {
+                shared.no_longer_writes(page.physical);
+            }
+        }
+    }
+}
+
+fn call_of((from, last, offset, protection): (u64, u64, u64, libc::c_int)) -> Call {
+    map(from * 4096, (last + 1 - from) * 4096, protection, offset)
+}

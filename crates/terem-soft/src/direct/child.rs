@@ -66,6 +66,7 @@ const MOST_CALLS: usize = 4096 / size_of::<Call>();
 /// What the process's descriptors are.
 const RAM_FD: u64 = 0;
 const CALLS_FD: u64 = 1;
+const COPIES_FD: u64 = 2;
 
 /// The executable, in memory.
 #[derive(Debug)]
@@ -194,18 +195,18 @@ fn check(result: libc::c_long) -> io::Result<()> {
 }
 
 impl Child {
-    /// A process for guest memory `ram`, traced by this thread.
+    /// A process for guest memory `ram` and copies of its pages, traced by this thread.
     ///
     /// # Errors
     /// The host's, when it lets no such process be made or traced.
-    pub(super) fn new(image: &Image, ram: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(super) fn new(image: &Image, ram: BorrowedFd<'_>, copies: BorrowedFd<'_>) -> io::Result<Self> {
         let (calls, calls_fd) = Calls::new()?;
         let process = Command::new(path_of(&image.0))
             .env_clear()
             .process_group(0)
             .stdin(Stdio::from(ram.try_clone_to_owned()?))
             .stdout(Stdio::from(calls_fd))
-            .stderr(Stdio::null())
+            .stderr(Stdio::from(copies.try_clone_to_owned()?))
             .spawn()?;
         let pid = pid_t::try_from(process.id()).map_err(io::Error::other)?;
         // SAFETY: all zeroes is a value of this plain structure.
@@ -247,7 +248,6 @@ impl Child {
             calls.push([libc::SYS_munmap as u64, from, to - from, 0, 0, 0, 0]);
         }
         calls.push([libc::SYS_close as u64, CALLS_FD, 0, 0, 0, 0, 0]);
-        calls.push([libc::SYS_close as u64, 2, 0, 0, 0, 0, 0]);
         let filter = filter();
         let bytes: Vec<u8> = filter.iter().flat_map(instruction_bytes).collect();
         let at = 4096 - 16 - bytes.len();
@@ -441,11 +441,21 @@ const SI_KERNEL: c_int = 0x80;
 const XSTATE: usize = 0x202;
 pub(super) const SHARED_FIXED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
 
-/// A mapping of guest memory at `offset` of its file.
-pub(super) fn map(address: u64, len: u64, protection: c_int, offset: u64) -> Call {
+/// Where mapped pages come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Guest memory.
+    Ram,
+    /// The copies.
+    Copies,
+}
+
+/// A mapping of what is at `offset` of a file.
+pub(super) fn map(address: u64, len: u64, protection: c_int, source: Source, offset: u64) -> Call {
     // What is asked for is wanted soon.
     let flags = SHARED_FIXED | if len <= 1 << 18 { libc::MAP_POPULATE as u64 } else { 0 };
-    [libc::SYS_mmap as u64, address, len, protection as u64, flags, RAM_FD, offset]
+    let fd = if source == Source::Ram { RAM_FD } else { COPIES_FD };
+    [libc::SYS_mmap as u64, address, len, protection as u64, flags, fd, offset]
 }
 
 /// The end of a mapping.
@@ -507,8 +517,9 @@ mod tests {
     }
 
     fn child(code: &[u8]) -> Child {
-        let mut child = Child::new(&Image::new().unwrap(), memory(code).as_fd()).unwrap();
-        child.call(&[map(0x40_0000, 0x1000, libc::PROT_READ | libc::PROT_EXEC, 0)]).unwrap();
+        let mut child =
+            Child::new(&Image::new().unwrap(), memory(code).as_fd(), memory(&[]).as_fd()).unwrap();
+        child.call(&[map(0x40_0000, 0x1000, libc::PROT_READ | libc::PROT_EXEC, Source::Ram, 0)]).unwrap();
         child.registers.rip = 0x40_0000;
         child.changed = true;
         child
@@ -550,7 +561,7 @@ mod tests {
         let mut child = child(&[0xcc]);
         let refused = child.call(&[[libc::SYS_getpid as u64, 0, 0, 0, 0, 0, 0]]);
         assert!(refused.is_err(), "the filter lets mappings through, nothing else");
-        let bad = child.call(&[map(0x50_0000, 0x1000, libc::PROT_READ, 1)]).unwrap_err();
+        let bad = child.call(&[map(0x50_0000, 0x1000, libc::PROT_READ, Source::Ram, 1)]).unwrap_err();
         assert_eq!(bad.raw_os_error(), Some(libc::EINVAL));
     }
 

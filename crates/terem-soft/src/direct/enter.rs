@@ -5,6 +5,7 @@ use std::io;
 use terem_cpu::{Segment, VcpuState, rflags};
 
 use super::child::{Child, USER_END, Why};
+use super::patches::Patches;
 use super::space::{Space, Use};
 use super::{Direct, ROOT, SPACES, pin};
 use crate::cpu::{Cpu, cr0, cr4, efer};
@@ -16,6 +17,8 @@ const CODE: u64 = 0x33;
 const DATA: u64 = 0x2b;
 /// What a program may have in RFLAGS for a run.
 const FLAGS: u64 = rflags::ARITHMETIC | rflags::DF | rflags::AC | rflags::TF;
+/// Times that code was met of which nothing is sure, before it is looked at again.
+const LOOK_AGAIN: u32 = 256;
 /// DR6.BS: a single step.
 const STEP: u64 = 1 << 14;
 /// The same fault so often in a row is the interpreter's.
@@ -110,7 +113,7 @@ impl Cpu {
             self.end_space(direct, &mut space);
         }
         let image = direct.shared.image()?;
-        match Child::new(image, self.memory.memfd()) {
+        match direct.patches.file().and_then(|copies| Child::new(image, self.memory.memfd(), copies)) {
             Ok(child) => {
                 let mut space = Space::new(root, pcid, child);
                 space.used = direct.runs;
@@ -143,7 +146,7 @@ impl Cpu {
         if self.stub_is_in_the_way() {
             return Ok(Ran::Never);
         }
-        let Direct { shared, inbox, spaces, policy, pin, .. } = direct;
+        let Direct { shared, inbox, spaces, policy, pin, patches, .. } = direct;
         let space = &mut spaces[at];
         // What would stop it at once.
         for address in [self.rip, self.cr2] {
@@ -152,13 +155,20 @@ impl Cpu {
                 && self.peek_user(address).is_some()
             {
                 let rip = self.rip;
-                self.touched(shared, space, address, rip)?;
+                self.touched(shared, patches, space, address, rip)?;
             }
         }
         match space.pages.get(&(self.rip >> 12)).map(|p| p.usage) {
-            Some(Use::Execute(_)) => {}
+            Some(Use::Execute(_) | Use::Copy(..)) => {}
             // Code that must not run: translated as any other; what it goes on to on other pages comes by here again.
-            Some(Use::Kept(_)) => return Ok(Ran::Not),
+            Some(Use::Kept(_)) => {
+                space.kept += 1;
+                if space.kept.is_multiple_of(LOOK_AGAIN) {
+                    // Its neighbours may be known by now.
+                    space.take(shared, &[self.rip >> 12])?;
+                }
+                return Ok(Ran::Not);
+            }
             _ => {
                 self.native.interpret = true;
                 return Ok(Ran::Not);
@@ -198,7 +208,7 @@ impl Cpu {
                 let times = if last.0 == rip && last.1 == address { last.2 + 1 } else { 0 };
                 last = (rip, address, times);
                 let pages = space.pages.len();
-                if times < SAME && address != 0 && self.touched(shared, space, address, rip)? {
+                if times < SAME && address != 0 && self.touched(shared, patches, space, address, rip)? {
                     self.stats.direct_pages.add(space.pages.len().saturating_sub(pages) as u64);
                     let now = self.bus.clock.now();
                     policy.stopped(space.root, now, after - before);
@@ -212,11 +222,11 @@ impl Cpu {
         tracing::trace!(
             ?why,
             rip = space.child.registers.rip,
-            nr = space.child.registers.orig_rax,
+            usage = ?space.pages.get(&(space.child.registers.rip >> 12)).map(|p| p.usage),
             "stopped"
         );
         self.take_state(&mut space.child, why)?;
-        if why == Why::Trap && self.trapped_directly().is_err() {
+        if why == Why::Trap && self.trapped_directly(patches).is_err() {
             self.shut_down = true;
             return Ok(Ran::Some);
         }
@@ -266,18 +276,20 @@ impl Cpu {
     }
 
     /// After a trap: that of an instruction goes back to it, for the interpreter to execute it; a single step is told.
-    fn trapped_directly(&mut self) -> Result<(), crate::event::Shutdown> {
+    fn trapped_directly(&mut self, patches: &Patches) -> Result<(), crate::event::Shutdown> {
+        if self.system_flags & rflags::TF != 0 {
+            return self.debug_trap(STEP, self.rip);
+        }
         let byte = |before: u64| -> Option<u8> {
             use terem_memory::vm_memory::{Bytes, GuestAddress};
             let at = self.rip.wrapping_sub(before);
             let page = self.peek_user(at)?.page;
             self.memory.read_obj(GuestAddress(page << 12 | at & 0xfff)).ok()
         };
-        let (one, two) = (byte(1), byte(2));
-        if self.system_flags & rflags::TF != 0 {
-            return self.debug_trap(STEP, self.rip);
-        }
-        self.rip = self.rip.wrapping_sub(match (two, one) {
+        let at = self.rip.wrapping_sub(1);
+        let ours = self.peek_user(at).is_some_and(|leaf| patches.has(leaf.page, (at & 0xfff) as u16));
+        self.rip = self.rip.wrapping_sub(match (byte(2), byte(1)) {
+            _ if ours => 1,
             (_, Some(0xcc | 0xf1)) => 1, // int3, int1
             (Some(0xcd), Some(3)) => 2,  // int 3
             _ => 0,

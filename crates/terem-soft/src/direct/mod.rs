@@ -6,6 +6,7 @@
 //!   policy.rs  which programs                       child.rs   the process: traced, locked in
 //!   space.rs   its address space: a kind of TLB     scan.rs    code that must not run directly
 //!   shared.rs  what the vCPUs of a machine have in common
+//!   patches.rs copies of pages that such code is on
 //!   pin.rs     one CPU for thread and process
 //!   enter.rs   going there and back                 pages.rs   which pages are mapped, and when they are taken away
 //! ```
@@ -13,6 +14,7 @@
 mod child;
 mod enter;
 mod pages;
+mod patches;
 mod pin;
 mod policy;
 mod scan;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 pub(crate) use child::stop;
+use patches::Patches;
 use pin::Pin;
 use policy::Policy;
 use shared::Inbox;
@@ -44,6 +47,7 @@ pub(crate) struct Direct {
     thread: Option<ThreadId>,
     runs: u64,
     pin: Pin,
+    patches: Patches,
     /// The host lets no processes be made.
     refused: bool,
 }
@@ -60,6 +64,7 @@ impl Direct {
             thread: None,
             runs: 0,
             pin: Pin::default(),
+            patches: Patches::default(),
             refused: false,
         })
     }

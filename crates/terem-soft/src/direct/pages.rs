@@ -3,11 +3,12 @@
 use std::io;
 
 use super::child::{STUB, STUB_END, USER_END};
-use super::scan::{TAIL, must_not_run};
+use super::patches::Patches;
+use super::scan::{LEAD, TAIL, Verdict, look};
 use super::space::{Page, Space, Use};
 use super::{Direct, Shared};
 use crate::cpu::Cpu;
-use crate::mmu::{Access, Leaf};
+use crate::mmu::Access;
 
 /// Pages around one that is touched, that are mapped with it if the program has used them before.
 const AROUND: u64 = 32;
@@ -30,8 +31,7 @@ impl Cpu {
         if space.changes != changes {
             space.changes = changes;
             let marks = self.memory.marks();
-            let other =
-                |p: &Page| matches!(p.usage, Use::Execute(w) | Use::Kept(w) if marks.word(p.physical) != w);
+            let other = |p: &Page| matches!(p.usage, Use::Execute(w) | Use::Copy(w, _) | Use::Kept(w) if marks.word(p.physical) != w);
             let found: Vec<u64> = space.pages.iter().filter(|(_, p)| other(p)).map(|(l, _)| *l).collect();
             space.take(shared, &found)?;
         }
@@ -61,7 +61,7 @@ impl Cpu {
                 && match page.usage {
                     Use::Read => true,
                     Use::Write => leaf.writable && leaf.dirty,
-                    Use::Execute(_) | Use::Kept(_) => leaf.executable,
+                    Use::Execute(_) | Use::Copy(..) | Use::Kept(_) => leaf.executable,
                 }
         })
     }
@@ -76,6 +76,7 @@ impl Cpu {
     pub(super) fn touched(
         &mut self,
         shared: &Shared,
+        patches: &mut Patches,
         space: &mut Space,
         address: u64,
         rip: u64,
@@ -106,25 +107,38 @@ impl Cpu {
             return Ok(false);
         }
         let first = linear & !(AROUND - 1);
-        let mut found = Vec::new();
+        let (mut found, mut code) = (Vec::new(), Vec::new());
         for near in first..first + AROUND {
-            let new = !space.pages.contains_key(&near);
+            let new = !space.pages.contains_key(&near) && !(STUB..STUB_END).contains(&(near << 12));
             if (near == linear || new)
                 && let Some(leaf) = self.peek_user(near << 12)
                 && leaf.accessed
-                && !(STUB..STUB_END).contains(&(near << 12))
-                && let Some(usage) = self.usage_of(shared, near, &leaf, (near == linear).then_some(access))
             {
-                found.push((near, Page { physical: leaf.page, usage }));
+                let own = (near == linear).then_some(access);
+                let writes = leaf.writable && leaf.dirty;
+                let executes = leaf.executable
+                    && own != Some(Access::Write)
+                    && (!writes || own == Some(Access::Execute));
+                let usage = if writes { Use::Write } else { Use::Read };
+                if executes {
+                    code.push((near, leaf.page));
+                } else {
+                    found.push((near, Page { physical: leaf.page, usage }));
+                }
             }
         }
+        for ((near, physical), word) in code.iter().zip(self.look_at_code(shared, &code)) {
+            let usage = self.usage_of_code(patches, *near, *physical, word);
+            found.push((*near, Page { physical: *physical, usage }));
+        }
+        found.sort_unstable_by_key(|(near, _)| *near);
         if !space.has_room(found.len()) {
             let all: Vec<u64> = space.pages.keys().copied().collect();
             space.take(shared, &all)?;
         }
         space.put(shared, &found)?;
         Ok(match space.pages.get(&linear).map(|p| p.usage) {
-            Some(Use::Execute(_)) => access != Access::Write,
+            Some(Use::Execute(_) | Use::Copy(..)) => access != Access::Write,
             Some(Use::Write) => access != Access::Execute,
             Some(Use::Read) => access == Access::Read,
             Some(Use::Kept(_)) => access == Access::Read,
@@ -132,38 +146,44 @@ impl Cpu {
         })
     }
 
-    /// What a page is mapped for; `access` is what has just been done with it, if anything.
-    fn usage_of(&self, shared: &Shared, linear: u64, leaf: &Leaf, access: Option<Access>) -> Option<Use> {
-        let writes = leaf.writable && leaf.dirty;
-        let executes =
-            leaf.executable && access != Some(Access::Write) && (!writes || access == Some(Access::Execute));
-        if !executes {
-            return Some(if writes { Use::Write } else { Use::Read });
-        }
-        let word = self.look_at_code(shared, leaf.page)?;
-        let mut bytes = [0; 0x1000 + TAIL];
-        self.page_bytes(leaf.page, &mut bytes[..0x1000]);
-        let mut len = 0x1000;
+    /// What a page of code is mapped for, that has this mark.
+    fn usage_of_code(&self, patches: &mut Patches, linear: u64, physical: u64, word: u32) -> Use {
+        let mut bytes = [0; LEAD + 0x1000 + TAIL];
+        let (mut from, mut to) = (LEAD, LEAD + 0x1000);
+        self.page_bytes(physical, 0, &mut bytes[from..to]);
         if let Some(next) = self.peek_user((linear + 1) << 12) {
-            self.page_bytes(next.page, &mut bytes[0x1000..]);
-            len = bytes.len();
+            self.page_bytes(next.page, 0, &mut bytes[to..]);
+            to = bytes.len();
         }
-        Some(if must_not_run(&bytes[..len]) { Use::Kept(word) } else { Use::Execute(word) })
+        if let Some(before) = self.peek_user(linear.wrapping_sub(1) << 12) {
+            self.page_bytes(before.page, 0x1000 - LEAD as u64, &mut bytes[..LEAD]);
+            from = 0;
+        }
+        match look(&bytes[from..to], LEAD - from) {
+            Verdict::Clean => Use::Execute(word),
+            Verdict::At(offsets) => patches
+                .put(physical, word, &bytes[LEAD..LEAD + 0x1000], offsets)
+                .map_or(Use::Kept(word), |at| Use::Copy(word, at)),
+            Verdict::Unsure => Use::Kept(word),
+        }
     }
 
-    /// Marks a page as holding code that is looked at.
-    fn look_at_code(&self, shared: &Shared, page: u64) -> Option<u32> {
+    /// Marks pages as holding code that is looked at; their marks.
+    fn look_at_code(&self, shared: &Shared, pages: &[(u64, u64)]) -> Vec<u32> {
         let marks = self.memory.marks();
-        let word = marks.mark_code(page);
-        crate::membarrier::all_threads();
-        shared.keep_from_writing(self.id, page);
-        (word != 0).then_some(word)
+        let known = pages.iter().all(|&(_, page)| marks.word(page) & terem_memory::CODE != 0);
+        let words = pages.iter().map(|&(_, page)| marks.mark_code(page)).collect();
+        if !known {
+            crate::membarrier::all_threads();
+        }
+        pages.iter().for_each(|&(_, page)| shared.keep_from_writing(self.id, page));
+        words
     }
 
-    fn page_bytes(&self, page: u64, to: &mut [u8]) {
+    fn page_bytes(&self, page: u64, offset: u64, to: &mut [u8]) {
         use terem_memory::vm_memory::{Bytes, GuestAddress};
         // Pages that `peek_user` gives are RAM.
-        let read = self.memory.read_slice(to, GuestAddress(page << 12));
+        let read = self.memory.read_slice(to, GuestAddress(page << 12 | offset));
         debug_assert!(read.is_ok());
     }
 }

@@ -1,29 +1,53 @@
 //! Code that must not run directly: instructions that say something about the host where a model decides what guests see,
 //! and do not trap in user mode.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
+/// Bytes of the page before that come first, where they are known.
+pub(super) const LEAD: usize = 128;
 /// Bytes of the next page that an instruction may go on to.
 pub(super) const TAIL: usize = 16;
-/// Bytes before an instruction from which decoding is begun to find where instructions begin.
-const LEAD: usize = 64;
+/// Bytes before the opcode in which all are to be in step.
+const STEPS: usize = 48;
+/// Places one after the other from which decoding begins: one of them is where an instruction begins, since none is longer.
+const STARTS: usize = 15;
 
-/// Whether a page has such an instruction. `bytes`: the page and, where they are known, the first [`TAIL`] of the next one.
+/// What a page of code holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing that must not run.
+    Clean,
+    /// Such instructions at these offsets, ascending, and nowhere else.
+    At(Vec<u16>),
+    /// Perhaps such instructions, perhaps in places that only look so.
+    Unsure,
+}
+
+/// Looks through a page. `bytes`: the end of the page before, `lead` bytes of it; the page; and, where they are known, the first
+/// [`TAIL`] of the next one.
 ///
-/// Found by their opcodes; what looks like one in the middle of another instruction is told apart by decoding towards it
-/// from several places, since x86 code falls into step after a few instructions. Who jumps into the middle of an instruction on
-/// purpose can run it: what it learns is this host's, and harms nobody.
-pub(super) fn must_not_run(bytes: &[u8]) -> bool {
-    let page = bytes.len().min(0x1000);
-    let mut at = 0;
-    while let Some(found) = bytes[at..page].iter().position(|&b| b == 0x0f) {
-        let here = at + found;
-        if may_be(bytes, here) && begins(bytes, here) {
-            return true;
-        }
+/// Opcodes are looked for; whether an instruction begins there is told by decoding towards it from [`STARTS`] places in a row,
+/// [`LEAD`] bytes before. In code one of them is right; if all of them come to the same, and to it, they all are. Where there is
+/// data among the code that might be wrong, so nothing is sure after what compilers do not put out.
+///
+/// Who jumps into the middle of an instruction on purpose can run it: what it learns is this host's, and harms nobody.
+pub(super) fn look(bytes: &[u8], lead: usize) -> Verdict {
+    let page = bytes.len().min(lead + 0x1000);
+    let mut found = Vec::new();
+    let mut at = lead;
+    while let Some(next) = bytes[at..page].iter().position(|&b| b == 0x0f) {
+        let here = at + next;
         at = here + 1;
+        if may_be(bytes, here) {
+            match starts(bytes, here) {
+                Some(None) => {}
+                // Prefixes on the page before cannot be replaced here.
+                Some(Some(start)) if start >= lead => found.push((start - lead) as u16),
+                _ => return Verdict::Unsure,
+            }
+        }
     }
-    false
+    if found.is_empty() { Verdict::Clean } else { Verdict::At(found) }
 }
 
 /// Whether the opcode at `at`, which begins with 0Fh, is one of them.
@@ -75,27 +99,55 @@ fn is_one(instruction: &Instruction) -> bool {
     )
 }
 
-/// Whether an instruction begins so that its opcode is at `at`, as far as decoding from before it tells.
-fn begins(bytes: &[u8], at: usize) -> bool {
+/// Where the instruction begins whose opcode is at `at`, if one does (else the inner `None`); `None`: it cannot be told.
+fn starts(bytes: &[u8], at: usize) -> Option<Option<usize>> {
     let first = at.saturating_sub(LEAD);
-    // What comes in from the page before may begin anywhere.
-    (first..=(first + 15).min(at)).any(|start| reaches(bytes, start, at))
+    if at - first < STARTS {
+        return None;
+    }
+    let mut all = (first..first + STARTS).map(|from| reach(bytes, from, at));
+    let one = all.next()??;
+    all.all(|other| other == Some(one)).then_some(one)
 }
 
-fn reaches(bytes: &[u8], start: usize, at: usize) -> bool {
-    let mut decoder = Decoder::new(64, &bytes[start..], DecoderOptions::NONE);
+/// The same, decoding from `from` on.
+fn reach(bytes: &[u8], from: usize, at: usize) -> Option<Option<usize>> {
+    let mut decoder = Decoder::new(64, &bytes[from..], DecoderOptions::NONE);
     let mut instruction = Instruction::default();
-    while start + decoder.position() <= at && decoder.can_decode() {
-        let from = start + decoder.position();
+    while decoder.can_decode() {
+        let start = from + decoder.position();
         decoder.decode_out(&mut instruction);
-        let end = start + decoder.position();
+        let end = from + decoder.position();
         if at < end {
-            // Only prefixes lie before an opcode.
-            let prefixes = bytes[from..at].iter().all(|&b| is_prefix(b));
-            return prefixes && (instruction.is_invalid() || is_one(&instruction));
+            if bytes[start..at].iter().any(|&b| !is_prefix(b)) {
+                return Some(None);
+            }
+            return if instruction.is_invalid() { None } else { Some(is_one(&instruction).then_some(start)) };
+        }
+        // Before that, not all have fallen into step.
+        if start + STEPS >= at && unusual(&instruction, &bytes[start..end]) {
+            return None;
         }
     }
-    false
+    None
+}
+
+/// What data decodes to, and hardly any program has.
+fn unusual(instruction: &Instruction, bytes: &[u8]) -> bool {
+    instruction.is_invalid()
+        || instruction.is_privileged()
+        || bytes == [0, 0]
+        || (instruction.flow_control() == FlowControl::Interrupt && instruction.mnemonic() != Mnemonic::Int3)
+        || matches!(
+            instruction.mnemonic(),
+            Mnemonic::Retf
+                | Mnemonic::Enter
+                | Mnemonic::Xlatb
+                | Mnemonic::Insb
+                | Mnemonic::Insd
+                | Mnemonic::Outsb
+                | Mnemonic::Outsd
+        )
 }
 
 fn is_prefix(byte: u8) -> bool {
@@ -106,10 +158,10 @@ fn is_prefix(byte: u8) -> bool {
 mod tests {
     use super::*;
 
-    /// A page of `nop`s with `code` at `at`.
+    /// A page of `nop`s with `code` at `at`, and more before and behind it.
     fn page(at: usize, code: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0x90; 0x1000 + TAIL];
-        bytes[at..at + code.len()].copy_from_slice(code);
+        let mut bytes = vec![0x90; LEAD + 0x1000 + TAIL];
+        bytes[LEAD + at..LEAD + at + code.len()].copy_from_slice(code);
         bytes
     }
 
@@ -132,7 +184,11 @@ mod tests {
             for at in [0, 1, 7, 100, 0x1000 - code.len(), 0xfff] {
                 // Prefixes alone at the end are for the next page to be found on.
                 if at + code.iter().take_while(|&&b| is_prefix(b)).count() < 0x1000 {
-                    assert!(must_not_run(&page(at, code)), "{code:x?} at {at:#x}");
+                    assert_eq!(
+                        look(&page(at, code), LEAD),
+                        Verdict::At(vec![at as u16]),
+                        "{code:x?} at {at:#x}"
+                    );
                 }
             }
         }
@@ -149,16 +205,68 @@ mod tests {
             &[0x0f, 0x05],                   // syscall
         ];
         for code in codes {
-            assert!(!must_not_run(&page(200, code)), "{code:x?}");
+            assert_eq!(look(&page(200, code), LEAD), Verdict::Clean, "{code:x?}");
         }
     }
 
     #[test]
-    fn what_goes_on_to_an_unknown_page_is_kept() {
-        let bytes = page(0xfff, &[0x0f]);
-        assert!(must_not_run(&bytes[..0x1000]));
+    fn nothing_is_sure_after_data_or_nothing() {
+        // Zeroes before it, and a number whose last byte may be an opcode's first.
+        let mut bytes = page(300, &[0x0f, 0x31]);
+        bytes[LEAD + 200..LEAD + 300].fill(0);
+        assert_eq!(look(&bytes, LEAD), Verdict::Unsure);
+        // At the beginning of a page with nothing known before it.
+        assert_eq!(look(&page(3, &[0x0f, 0x31])[LEAD..], 0), Verdict::Unsure);
+        // It goes on to a page that is not known.
+        assert_eq!(look(&page(0xfff, &[0x0f])[..LEAD + 0x1000], LEAD), Verdict::Unsure);
         let mut bytes = page(0xfff, &[0x0f]);
-        bytes[0x1000] = 0x05;
-        assert!(!must_not_run(&bytes));
+        bytes[LEAD + 0x1000] = 0x05;
+        assert_eq!(look(&bytes, LEAD), Verdict::Clean);
+    }
+
+    /// In real code, from whatever it is looked at: an instruction is found if and only if decoding from its beginning finds it.
+    #[test]
+    fn real_code_agrees_with_decoding_it_from_its_beginning() {
+        let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let text = text_of(&own).expect("an ELF file with code");
+        let mut decoder = Decoder::new(64, text, DecoderOptions::NONE);
+        let mut real = std::collections::BTreeSet::new();
+        let mut looks = 0;
+        while decoder.can_decode() {
+            let at = decoder.position();
+            let instruction = decoder.decode();
+            if is_one(&instruction) {
+                real.insert(at);
+            }
+        }
+        for at in (LEAD..text.len() - 0x1000 - TAIL).step_by(0x1000).take(2000) {
+            if let Verdict::At(found) = look(&text[at - LEAD..at + 0x1000 + TAIL], LEAD) {
+                looks += found.len();
+                for offset in found {
+                    assert!(
+                        real.contains(&(at + usize::from(offset))),
+                        "no such instruction at {at:#x}+{offset:#x}"
+                    );
+                }
+            }
+        }
+        assert!(!real.is_empty() && looks > 0, "this program asks what the processor can do");
+    }
+
+    /// The bytes of the section `.text`.
+    fn text_of(elf: &[u8]) -> Option<&[u8]> {
+        let number = |at: usize, len: usize| {
+            elf.get(at..at + len).map(|b| b.iter().rev().fold(0_usize, |n, &b| n << 8 | usize::from(b)))
+        };
+        let (table, size, count, names) =
+            (number(0x28, 8)?, number(0x3a, 2)?, number(0x3c, 2)?, number(0x3e, 2)?);
+        let names = number(table + names * size + 0x18, 8)?;
+        (0..count).map(|i| table + i * size).find_map(|header| {
+            let name = names + number(header, 4)?;
+            (elf.get(name..name + 6)? == b".text\0").then(|| {
+                let (at, len) = (number(header + 0x18, 8)?, number(header + 0x20, 8)?);
+                elf.get(at..at + len)
+            })?
+        })
     }
 }

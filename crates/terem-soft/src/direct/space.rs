@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::child::{Call, Child, map, unmap};
+use super::child::{Call, Child, Source, map, unmap};
 use super::shared::Shared;
 
 /// What a program may do with a mapped page beside reading it.
@@ -17,6 +17,8 @@ pub(super) enum Use {
     Write,
     /// Execute, while the page has this mark.
     Execute(u32),
+    /// Execute a copy, which is there in the copies' file, while the page has this mark.
+    Copy(u32, u64),
     /// Read; as long as the page has this mark, it holds code that must not run.
     Kept(u32),
 }
@@ -26,7 +28,7 @@ impl Use {
         match self {
             Self::Read | Self::Kept(_) => libc::PROT_READ,
             Self::Write => libc::PROT_READ | libc::PROT_WRITE,
-            Self::Execute(_) => libc::PROT_READ | libc::PROT_EXEC,
+            Self::Execute(_) | Self::Copy(..) => libc::PROT_READ | libc::PROT_EXEC,
         }
     }
 }
@@ -58,13 +60,27 @@ pub(super) struct Space {
     pub(super) used: u64,
     /// The CPU that the process is on.
     pub(super) cpu: Option<usize>,
+    /// How often code was met that must not run, or of which nothing is sure.
+    pub(super) kept: u32,
     regions: usize,
 }
 
 impl Space {
     pub(super) fn new(root: u64, pcid: u16, child: Child) -> Self {
         let (pages, gone) = (BTreeMap::new(), Vec::new());
-        Self { root, pcid, child, pages, stale: false, gone, changes: 0, used: 0, cpu: None, regions: 0 }
+        Self {
+            root,
+            pcid,
+            child,
+            pages,
+            stale: false,
+            gone,
+            changes: 0,
+            used: 0,
+            cpu: None,
+            kept: 0,
+            regions: 0,
+        }
     }
 
     /// Whether there is room for this many more mappings.
@@ -79,10 +95,11 @@ impl Space {
     pub(super) fn put(&mut self, shared: &Shared, pages: &[(u64, Page)]) -> io::Result<()> {
         let mut calls: Vec<Call> = Vec::new();
         let mut before = Vec::new();
-        // First and last page of the mapping that grows, its first byte in the file, its protection.
-        let mut group: Option<(u64, u64, u64, libc::c_int)> = None;
+        let mut group: Option<Group> = None;
         for &(linear, mut page) in pages {
-            let Some(offset) = shared.offset(page.physical) else { continue };
+            let Some(own) = shared.offset(page.physical) else { continue };
+            let (source, offset) =
+                if let Use::Copy(_, at) = page.usage { (Source::Copies, at) } else { (Source::Ram, own) };
             if page.usage == Use::Write && !shared.let_write(page.physical) {
                 page.usage = Use::Read;
             }
@@ -93,18 +110,20 @@ impl Space {
             }
             let protection = page.usage.protection();
             group = match group {
-                Some((from, last, at, p))
-                    if p == protection && last + 1 == linear && at + (linear - from) * 4096 == offset =>
+                Some(g)
+                    if (g.protection, g.source) == (protection, source)
+                        && g.last + 1 == linear
+                        && g.offset + (linear - g.from) * 4096 == offset =>
                 {
-                    Some((from, linear, at, p))
+                    Some(Group { last: linear, ..g })
                 }
                 done => {
-                    calls.extend(done.map(call_of));
-                    Some((linear, linear, offset, protection))
+                    calls.extend(done.map(Group::call));
+                    Some(Group { from: linear, last: linear, source, offset, protection })
                 }
             };
         }
-        calls.extend(group.map(call_of));
+        calls.extend(group.map(Group::call));
         self.regions += calls.len();
         let result = self.child.call(&calls);
         before.into_iter().for_each(|page| shared.no_longer_writes(page));
@@ -151,6 +170,18 @@ impl Space {
     }
 }
 
-fn call_of((from, last, offset, protection): (u64, u64, u64, libc::c_int)) -> Call {
-    map(from * 4096, (last + 1 - from) * 4096, protection, offset)
+/// Pages that one call maps.
+struct Group {
+    from: u64,
+    last: u64,
+    source: Source,
+    /// Of the first one in the file.
+    offset: u64,
+    protection: libc::c_int,
+}
+
+impl Group {
+    fn call(self) -> Call {
+        map(self.from * 4096, (self.last + 1 - self.from) * 4096, self.protection, self.source, self.offset)
+    }
 }

@@ -14,10 +14,9 @@ pub struct AccelConfig {
     /// Software CPU only: whether hot code is translated to host code (on), or all of it interpreted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub translate: Option<bool>,
-    /// Software CPU only: whether programs that compute for long run on the host's processor directly, in a process of
-    /// their own (on), or are translated as everything else.
+    /// Software CPU only: which programs run on the host's processor directly, in a process of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub direct: Option<bool>,
+    pub direct: Option<DirectPrograms>,
 }
 
 /// Which accelerator.
@@ -31,6 +30,19 @@ pub enum AccelKind {
     Kvm,
     /// The built-in software CPU: works everywhere.
     Soft,
+}
+
+/// Which of a guest's programs run on the host's processor directly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DirectPrograms {
+    /// None: they are translated as all other code.
+    Off,
+    /// Those that compute for long.
+    #[default]
+    On,
+    /// All, which is slow for those that often call their kernel: for tests.
+    Always,
 }
 
 impl KeyValue for AccelConfig {

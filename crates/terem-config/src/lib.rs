@@ -30,7 +30,7 @@ mod size;
 mod text;
 mod trace;
 
-pub use accel::{AccelConfig, AccelKind};
+pub use accel::{AccelConfig, AccelKind, DirectPrograms};
 pub use chardev::CharConfig;
 pub use cpu::{CpuConfig, CpuFlag, CpusConfig, MAX_CPUS, Topology};
 pub use disk::{AioMode, CacheMode, DiscardMode, DiskConfig, DiskFormat};

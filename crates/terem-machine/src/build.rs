@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use terem_block::{Disk, Op};
 use terem_bus::{Bus, Clock};
-use terem_config::CharConfig;
+use terem_config::{CharConfig, DirectPrograms};
 use terem_cpu::{Accelerator, CpuError, CpuModel, Trace};
 use terem_devices::chipset::uart::CharBackend;
 use terem_devices::virtio::{Blk, Console, Net, Rng, VirtioDevice};
 use terem_memory::{GuestMemory, MemoryError};
 use terem_net::NetBackend;
-use terem_soft::{SoftAccelerator, SoftConfig};
+use terem_soft::{Directly, SoftAccelerator, SoftConfig};
 
 use crate::acpi::{Description, Tables, TablesError};
 use crate::board::BoardError;
@@ -190,7 +190,12 @@ fn accelerator(
 ) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
     let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
-    let (translate, direct) = (plan.accelerator.translate, plan.accelerator.direct);
+    let translate = plan.accelerator.translate;
+    let direct = match plan.accelerator.direct {
+        DirectPrograms::Off => Directly::Never,
+        DirectPrograms::On => Directly::WorthIt,
+        DirectPrograms::Always => Directly::Always,
+    };
     let phys_bits = plan.memory.phys_bits;
     let config = SoftConfig { model, topology: c.topology(), phys_bits, translate, direct, trace };
     Ok(Arc::new(SoftAccelerator::new(Arc::clone(bus), memory.clone(), config)?))

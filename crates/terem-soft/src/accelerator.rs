@@ -23,6 +23,17 @@ use crate::x87::Fpu;
 /// The TSC's frequency: virtual nanoseconds.
 pub const TSC_KHZ: u32 = 1_000_000;
 
+/// Which programs (64-bit user mode) run on the host's processor directly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Directly {
+    /// None.
+    Never,
+    /// Those that compute for long between two entries into their kernel.
+    WorthIt,
+    /// All that can.
+    Always,
+}
+
 /// What a software machine's processors are.
 #[derive(Debug, Clone)]
 pub struct SoftConfig {
@@ -34,8 +45,8 @@ pub struct SoftConfig {
     pub phys_bits: u8,
     /// Whether hot code is translated, or all of it interpreted.
     pub translate: bool,
-    /// Whether programs that compute for long run on the host's processor directly. (Not where nothing is translated.)
-    pub direct: bool,
+    /// Which programs run on the host's processor directly. (None where nothing is translated.)
+    pub direct: Directly,
     /// What vCPUs tell of what they do.
     pub trace: Option<Trace>,
 }
@@ -82,8 +93,9 @@ impl SoftAccelerator {
         });
         let instruction_set = Arc::new(InstructionSet::new(&config.model.features));
         let stats = ids.iter().map(|_| Arc::default()).collect();
-        let direct = (config.direct && config.translate)
-            .then(|| Arc::new(Shared::new(Arc::clone(&apics), memory.clone())));
+        let on = config.translate && config.direct != Directly::Never;
+        let always = config.direct == Directly::Always;
+        let direct = on.then(|| Arc::new(Shared::new(Arc::clone(&apics), memory.clone(), always)));
         Ok(Self { config, bus, memory, apics, instruction_set, stats, direct })
     }
 

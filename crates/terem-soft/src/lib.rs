@@ -56,5 +56,5 @@ mod x87;
 #[cfg(test)]
 mod oracle;
 
-pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
+pub use accelerator::{Directly, SoftAccelerator, SoftConfig, TSC_KHZ};
 pub use membarrier::announce_barriers;

@@ -209,6 +209,7 @@ impl Cpu {
                     self.interrupt(v)
                 }
                 Next::Nothing if self.waiting_for_start_up || (self.halted && !self.interrupt_shadow) => {
+                    self.sleeps_for_policy();
                     self.stats.sleeps(self.bus.clock.now());
                     self.apic.sleep();
                     self.stats.wakes(self.bus.clock.now());

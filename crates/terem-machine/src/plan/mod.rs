@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use terem_config::{
-    AccelKind, CharConfig, DiskConfig, GdbConfig, MachineConfig, NetBackendConfig, NetConfig, TraceConfig,
+    AccelKind, CharConfig, DirectPrograms, DiskConfig, GdbConfig, MachineConfig, NetBackendConfig, NetConfig,
+    TraceConfig,
 };
 use terem_cpu::{CpuModel, ModelError, Topology};
 
@@ -69,8 +70,8 @@ pub struct AcceleratorPlan {
     pub reason: Option<String>,
     /// Whether the software CPU translates hot code.
     pub translate: bool,
-    /// Whether programs that compute for long run on the host's processor directly.
-    pub direct: bool,
+    /// Which programs run on the host's processor directly.
+    pub direct: DirectPrograms,
 }
 
 /// The processors.
@@ -278,7 +279,7 @@ fn accelerator(config: &MachineConfig, host: &HostInventory, errors: &mut Vec<Pl
         }
     };
     let translate = config.accel.translate.unwrap_or(true);
-    let direct = translate && config.accel.direct.unwrap_or(true);
+    let direct = if translate { config.accel.direct.unwrap_or_default() } else { DirectPrograms::Off };
     AcceleratorPlan { kind: AccelKind::Soft, reason, translate, direct }
 }
 

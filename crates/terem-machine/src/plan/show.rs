@@ -3,6 +3,8 @@
 use std::fmt;
 
 use super::memory::{HIGH_MEMORY, HPET_BASE, IOAPIC_BASE, LAPIC_BASE};
+use terem_config::DirectPrograms;
+
 use super::{MemoryMap, Plan};
 use crate::board::ports;
 
@@ -18,8 +20,9 @@ impl fmt::Display for Plan {
         writeln!(f, "board        q35")?;
         let how = match (self.accelerator.translate, self.accelerator.direct) {
             (false, _) => ", interpreter only",
-            (true, false) => ", all code translated",
-            (true, true) => "",
+            (true, DirectPrograms::Off) => ", all code translated",
+            (true, DirectPrograms::On) => "",
+            (true, DirectPrograms::Always) => ", all programs run directly",
         };
         writeln!(f, "accelerator  software CPU{how}{reason}")?;
         let c = &self.cpus;

@@ -106,27 +106,39 @@ impl Cpu {
             direct.spaces[at].used = direct.runs;
             return Some(at);
         }
-        if direct.spaces.len() >= SPACES
-            && let Some(oldest) = (0..direct.spaces.len()).min_by_key(|&i| direct.spaces[i].used)
-        {
-            let mut space = direct.spaces.swap_remove(oldest);
-            self.end_space(direct, &mut space);
+        let mut space = match self.used_space(direct) {
+            Some(space) => space,
+            None => self.new_space(direct)?,
+        };
+        (space.root, space.pcid, space.used) = (root, pcid, direct.runs);
+        space.changes = self.memory.marks().changes();
+        direct.spaces.push(space);
+        Some(direct.spaces.len() - 1)
+    }
+
+    /// The space that was not used for longest, emptied, if there are many.
+    fn used_space(&self, direct: &mut Direct) -> Option<Space> {
+        if direct.spaces.len() < SPACES {
+            return None;
         }
+        let oldest = (0..direct.spaces.len()).min_by_key(|&i| direct.spaces[i].used)?;
+        let mut space = direct.spaces.swap_remove(oldest);
+        if space.empty(&direct.shared).is_err() {
+            self.end_space(direct, &mut space);
+            return None;
+        }
+        Some(space)
+    }
+
+    fn new_space(&self, direct: &mut Direct) -> Option<Space> {
         let image = direct.shared.image()?;
-        match direct.patches.file().and_then(|copies| Child::new(image, self.memory.memfd(), copies)) {
-            Ok(child) => {
-                let mut space = Space::new(root, pcid, child);
-                space.used = direct.runs;
-                space.changes = self.memory.marks().changes();
-                direct.spaces.push(space);
-                Some(direct.spaces.len() - 1)
-            }
-            Err(e) => {
+        let made = direct.patches.file().and_then(|copies| Child::new(image, self.memory.memfd(), copies));
+        made.map(Space::new)
+            .inspect_err(|e| {
                 tracing::warn!("guest programs are translated, not run directly: {e}");
                 direct.refused = true;
-                None
-            }
-        }
+            })
+            .ok()
     }
 
     fn end_space(&self, direct: &Direct, space: &mut Space) {
@@ -142,7 +154,9 @@ impl Cpu {
     }
 
     fn run_space(&mut self, direct: &mut Direct, at: usize) -> io::Result<Ran> {
-        self.catch_up(direct, at)?;
+        if !self.catch_up(direct, at)? {
+            return Ok(Ran::Not);
+        }
         if self.stub_is_in_the_way() {
             return Ok(Ran::Never);
         }
@@ -165,7 +179,9 @@ impl Cpu {
                 space.kept += 1;
                 if space.kept.is_multiple_of(LOOK_AGAIN) {
                     // Its neighbours may be known by now.
-                    space.take(shared, &[self.rip >> 12])?;
+                    let page = self.rip >> 12;
+                    space.pages.get(&page).iter().for_each(|p| patches.forget(p.physical));
+                    space.take(shared, &[page])?;
                 }
                 return Ok(Ran::Not);
             }

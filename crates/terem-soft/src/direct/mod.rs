@@ -55,7 +55,7 @@ pub(crate) struct Direct {
 impl Direct {
     pub(crate) fn new(shared: Arc<Shared>, vcpu: u32) -> Box<Self> {
         let inbox = shared.inbox(vcpu);
-        let (spaces, policy) = (Vec::new(), Policy::default());
+        let (spaces, policy) = (Vec::new(), Policy::new(shared.always));
         Box::new(Self {
             shared,
             inbox,
@@ -96,15 +96,26 @@ impl Cpu {
         self.runs_directly_here = self.direct.as_ref().is_some_and(|d| d.policy.is_direct(root));
     }
 
+    /// The vCPU is about to sleep.
+    pub(crate) fn sleeps_for_policy(&mut self) {
+        if let Some(direct) = &mut self.direct {
+            direct.pin.let_go();
+        }
+    }
+
     /// An interrupt is about to be taken.
     pub(crate) fn interrupted_for_policy(&mut self) {
+        if let Some(direct) = &mut self.direct
+            && direct.pin.holds()
+        {
+            direct.pin.let_go_after_a_while(self.bus.clock.now());
+        }
         if self.cpl == 3
             && !self.runs_directly_here
             && self.may_run_directly()
             && let Some(direct) = &mut self.direct
             && !direct.refused
         {
-            direct.pin.let_go_after_a_while(self.bus.clock.now());
             direct.policy.interrupted(self.cr3 & ROOT, self.bus.clock.now(), self.kernel_entries);
             self.refresh_direct();
             if self.runs_directly_here {

@@ -11,11 +11,12 @@ use crate::cpu::Cpu;
 use crate::mmu::Access;
 
 /// Pages around one that is touched, that are mapped with it if the program has used them before.
-const AROUND: u64 = 32;
+const AROUND: u64 = 64;
 
 impl Cpu {
-    /// Makes a space's mappings right before a run: what may have changed is looked up, or taken away.
-    pub(super) fn catch_up(&self, direct: &mut Direct, at: usize) -> io::Result<()> {
+    /// Makes a space's mappings right before a run: what may have changed is looked up, or taken away. False if it is another
+    /// program's now.
+    pub(super) fn catch_up(&self, direct: &mut Direct, at: usize) -> io::Result<bool> {
         let shared = &direct.shared;
         if direct.inbox.waits() {
             let pages = direct.inbox.take();
@@ -44,13 +45,14 @@ impl Cpu {
             if gone.len() * 2 > all && all > 64 {
                 // Another program has taken the place of the one that was moved here.
                 direct.policy.forget(space.root);
+                return Ok(false);
             }
         } else if !space.gone.is_empty() {
             let mut gone = std::mem::take(&mut space.gone);
             gone.sort_unstable();
             space.take(shared, &gone)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Whether a page is mapped as the page tables have it.
@@ -148,6 +150,9 @@ impl Cpu {
 
     /// What a page of code is mapped for, that has this mark.
     fn usage_of_code(&self, patches: &mut Patches, linear: u64, physical: u64, word: u32) -> Use {
+        if let Some(usage) = patches.known(physical, word) {
+            return usage;
+        }
         let mut bytes = [0; LEAD + 0x1000 + TAIL];
         let (mut from, mut to) = (LEAD, LEAD + 0x1000);
         self.page_bytes(physical, 0, &mut bytes[from..to]);
@@ -159,13 +164,15 @@ impl Cpu {
             self.page_bytes(before.page, 0x1000 - LEAD as u64, &mut bytes[..LEAD]);
             from = 0;
         }
-        match look(&bytes[from..to], LEAD - from) {
+        let usage = match look(&bytes[from..to], LEAD - from) {
             Verdict::Clean => Use::Execute(word),
             Verdict::At(offsets) => patches
                 .put(physical, word, &bytes[LEAD..LEAD + 0x1000], offsets)
                 .map_or(Use::Kept(word), |at| Use::Copy(word, at)),
             Verdict::Unsure => Use::Kept(word),
-        }
+        };
+        patches.remember(physical, word, usage);
+        usage
     }
 
     /// Marks pages as holding code that is looked at; their marks.

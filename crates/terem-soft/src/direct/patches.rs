@@ -1,4 +1,4 @@
-//! Copies of guest pages in which instructions that must not run are breakpoints.
+//! What is known of pages of code, and copies of those instructions that must not run are breakpoints.
 //!
 //! Programs execute the copy and read the copy; what such an instruction does is then the interpreter's, from the page itself.
 
@@ -10,8 +10,12 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+use super::space::Use;
+
 /// Copies of one vCPU, at most.
 const MOST: u64 = 2048;
+/// Pages that are remembered, at most.
+const MOST_KNOWN: usize = 1 << 16;
 const BREAKPOINT: u8 = 0xcc;
 
 /// The copy of a page.
@@ -28,6 +32,8 @@ struct Copy {
 /// The copies of one vCPU.
 #[derive(Debug, Default)]
 pub(super) struct Patches {
+    /// How pages are used that were looked at, and the marks under which that is so.
+    known: HashMap<u64, (u32, Use)>,
     file: Option<File>,
     copies: HashMap<u64, Copy>,
 }
@@ -62,6 +68,24 @@ impl Patches {
         self.file.as_ref()?.write_all_at(&copy, offset).ok()?;
         self.copies.insert(page, Copy { word, offset, at });
         Some(offset)
+    }
+
+    /// How `page` is used under this mark, if it has been looked at.
+    pub(super) fn known(&self, page: u64, word: u32) -> Option<Use> {
+        self.known.get(&page).filter(|known| known.0 == word).map(|known| known.1)
+    }
+
+    /// Remembers it.
+    pub(super) fn remember(&mut self, page: u64, word: u32, usage: Use) {
+        if self.known.len() >= MOST_KNOWN {
+            self.known.clear();
+        }
+        self.known.insert(page, (word, usage));
+    }
+
+    /// Has the page looked at again.
+    pub(super) fn forget(&mut self, page: u64) {
+        self.known.remove(&page);
     }
 
     /// Whether there is a breakpoint of ours in the copy of `page`.

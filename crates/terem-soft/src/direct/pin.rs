@@ -40,7 +40,13 @@ impl Pin {
         }
     }
 
-    fn let_go(&mut self) {
+    /// Whether the thread is held.
+    pub(super) fn holds(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Lets the thread go.
+    pub(super) fn let_go(&mut self) {
         if let Some((all, _)) = self.held.take() {
             let _ = sched_setaffinity(None, &all);
         }

@@ -1,7 +1,7 @@
 //! Which programs run directly: those that compute for long between two entries into their kernel.
 //!
 //! Going into a process and back costs some 10 µs, mapping a page a few more. Translated code costs nothing of the kind, but is
-//! two to eight times slower than the processor itself. So a program begins in translated code, and whoever is met by two timer
+//! two to eight times slower than the processor itself. So a program begins in translated code, and whoever is met by three timer
 //! interrupts in a row with few entries in between is moved; and back, for a while, if it stops too often there.
 
 use std::collections::HashMap;
@@ -11,13 +11,13 @@ const LONG: u64 = 30_000;
 /// Nanoseconds that going there and back costs beside the shortest run: state is taken over, instructions are interpreted.
 const AROUND: u64 = 5_000;
 /// Interrupts that have to find a program so.
-const TIMES: u32 = 2;
+const TIMES: u32 = 3;
 /// Interrupts further apart say nothing.
 const APART: u64 = 40_000_000;
 /// Stops after which it is looked how far apart they were.
-const WINDOW: u32 = 256;
+const WINDOW: u32 = 128;
 /// Windows in which pages are mapped and nothing is judged.
-const GRACE: u32 = 2;
+const GRACE: u32 = 1;
 /// Nanoseconds before a program that was moved back is looked at again: the first time, and at most.
 const BACK_OFF: (u64, u64) = (50_000_000, 3_200_000_000);
 /// Programs that are remembered.
@@ -40,6 +40,7 @@ struct Record {
 /// The decisions of one vCPU.
 #[derive(Debug)]
 pub(super) struct Policy {
+    always: bool,
     records: HashMap<u64, Record>,
     /// At the last interrupt: time, entries so far, program.
     last: (u64, u64, u64),
@@ -48,16 +49,15 @@ pub(super) struct Policy {
     shortest: u64,
 }
 
-impl Default for Policy {
-    fn default() -> Self {
-        Self { records: HashMap::new(), last: (0, 0, 0), direct: 0, shortest: 20_000 }
-    }
-}
-
 impl Policy {
+    /// `always`: all programs run directly.
+    pub(super) fn new(always: bool) -> Self {
+        Self { always, records: HashMap::new(), last: (0, 0, 0), direct: 0, shortest: 20_000 }
+    }
+
     /// Whether the program runs directly.
     pub(super) fn is_direct(&self, root: u64) -> bool {
-        self.direct != 0 && self.records.get(&root).is_some_and(|r| r.direct)
+        self.always || self.direct != 0 && self.records.get(&root).is_some_and(|r| r.direct)
     }
 
     /// A timer interrupt meets a program in translated code; `entries`: how often a kernel was entered so far.
@@ -130,8 +130,8 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     fn moved() -> Policy {
-        let mut policy = Policy::default();
-        for tick in 0..3 {
+        let mut policy = Policy::new(false);
+        for tick in 0..4 {
             assert!(!policy.is_direct(7));
             policy.interrupted(7, tick * 4 * MS, tick * 10);
         }
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn who_computes_is_moved_and_who_calls_is_not() {
         moved();
-        let mut policy = Policy::default();
+        let mut policy = Policy::new(false);
         for tick in 0..100 {
             policy.interrupted(7, tick * 4 * MS, tick * 1000);
         }

@@ -34,7 +34,7 @@ pub(super) enum Verdict {
 pub(super) fn look(bytes: &[u8], lead: usize) -> Verdict {
     let page = bytes.len().min(lead + 0x1000);
     let mut found = Vec::new();
-    let mut at = lead;
+    let mut at = lead + headers(&bytes[lead..]);
     while let Some(next) = bytes[at..page].iter().position(|&b| b == 0x0f) {
         let here = at + next;
         at = here + 1;
@@ -48,6 +48,17 @@ pub(super) fn look(bytes: &[u8], lead: usize) -> Verdict {
         }
     }
     if found.is_empty() { Verdict::Clean } else { Verdict::At(found) }
+}
+
+/// Bytes of an ELF file's headers at the start of a page, which are no code (System V ABI, chapter 4).
+fn headers(page: &[u8]) -> usize {
+    const ELF64: &[u8] = b"\x7fELF\x02";
+    if !page.starts_with(ELF64) {
+        return 0;
+    }
+    let number = |at: usize| usize::from(u16::from_le_bytes([page[at], page[at + 1]]));
+    // The program headers follow the file's, each of 56 bytes.
+    if page[0x20..0x28] == 64_u64.to_le_bytes() { (64 + 56 * number(0x38)).min(0x1000) } else { 64 }
 }
 
 /// Whether the opcode at `at`, which begins with 0Fh, is one of them.

@@ -49,15 +49,17 @@ pub(crate) struct Shared {
     apics: Arc<ApicSystem>,
     memory: GuestMemory,
     image: OnceLock<Option<Image>>,
+    /// All programs run directly.
+    pub(super) always: bool,
 }
 
 impl Shared {
-    pub(crate) fn new(apics: Arc<ApicSystem>, memory: GuestMemory) -> Self {
+    pub(crate) fn new(apics: Arc<ApicSystem>, memory: GuestMemory, always: bool) -> Self {
         // Zeroes, which the host gives lazily.
         let pages = usize::try_from(memory.window_len().div_ceil(PAGE_SIZE)).unwrap_or(0);
         let writers = std::iter::repeat_with(AtomicU16::default).take(pages).collect();
         let inboxes = (0..apics.count()).map(|_| Arc::default()).collect();
-        Self { writers, inboxes, apics, memory, image: OnceLock::new() }
+        Self { writers, inboxes, apics, memory, image: OnceLock::new(), always }
     }
 
     pub(super) fn inbox(&self, vcpu: u32) -> Arc<Inbox> {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::child::{Call, Child, Source, map, unmap};
+use super::child::{Call, Child, STUB_END, Source, USER_END, map, unmap};
 use super::shared::Shared;
 
 /// What a program may do with a mapped page beside reading it.
@@ -66,21 +66,33 @@ pub(super) struct Space {
 }
 
 impl Space {
-    pub(super) fn new(root: u64, pcid: u16, child: Child) -> Self {
-        let (pages, gone) = (BTreeMap::new(), Vec::new());
+    /// An empty one of nobody's.
+    pub(super) fn new(child: Child) -> Self {
         Self {
-            root,
-            pcid,
+            root: 0,
+            pcid: 0,
             child,
-            pages,
+            pages: BTreeMap::new(),
             stale: false,
-            gone,
+            gone: Vec::new(),
             changes: 0,
             used: 0,
             cpu: None,
             kept: 0,
             regions: 0,
         }
+    }
+
+    /// Takes all pages away, for another program.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub(super) fn empty(&mut self, shared: &Shared) -> io::Result<()> {
+        let result = self.child.call(&[unmap(STUB_END, USER_END - STUB_END)]);
+        self.forget(shared);
+        self.gone.clear();
+        (self.stale, self.kept, self.regions) = (false, 0, 0);
+        result
     }
 
     /// Whether there is room for this many more mappings.

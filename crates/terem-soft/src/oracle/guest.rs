@@ -64,7 +64,7 @@ impl Guest {
             topology: Topology::flat(1),
             phys_bits: 40,
             translate: true,
-            direct: false,
+            direct: crate::Directly::Never,
             trace: None,
         };
         let bus = Arc::new(Bus::new(Clock::manual()));

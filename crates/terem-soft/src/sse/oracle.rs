@@ -150,7 +150,7 @@ impl Oracle {
             topology: Topology { sockets: 1, cores: 1, threads: 1 },
             phys_bits: 40,
             translate: true,
-            direct: false,
+            direct: crate::Directly::Never,
             trace: None,
         };
         let bus = Arc::new(Bus::new(terem_bus::Clock::manual()));

@@ -109,7 +109,7 @@ impl Rig {
             topology: Topology::flat(cpus),
             phys_bits: 40,
             translate,
-            direct: false,
+            direct: crate::Directly::Never,
             trace,
         };
         let accelerator = Arc::new(SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config).unwrap());

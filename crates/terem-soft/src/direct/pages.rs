@@ -135,8 +135,7 @@ impl Cpu {
         }
         found.sort_unstable_by_key(|(near, _)| *near);
         if !space.has_room(found.len()) {
-            let all: Vec<u64> = space.pages.keys().copied().collect();
-            space.take(shared, &all)?;
+            space.empty(shared)?;
         }
         space.put(shared, &found)?;
         Ok(match space.pages.get(&linear).map(|p| p.usage) {

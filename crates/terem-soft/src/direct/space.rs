@@ -42,6 +42,8 @@ pub(super) struct Page {
 
 /// Mappings of one process, at most: below Linux' limit of 65,530, whatever neighbours it can join.
 const MOST_REGIONS: usize = 30_000;
+/// Pages of one process, at most: 2 GiB, for which some 20 MiB are kept in mind here.
+const MOST_PAGES: usize = 1 << 19;
 
 /// The address space of one CR3, on one vCPU.
 pub(super) struct Space {
@@ -97,7 +99,7 @@ impl Space {
 
     /// Whether there is room for this many more mappings.
     pub(super) fn has_room(&self, more: usize) -> bool {
-        self.regions + more <= MOST_REGIONS
+        self.regions + more <= MOST_REGIONS && self.pages.len() + more <= MOST_PAGES
     }
 
     /// Maps pages by linear page number, ascending. What must not be written as things are, is mapped for reading.

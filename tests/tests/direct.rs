@@ -12,7 +12,8 @@ use terem_tests::{Guest, alone, cached, run, succeed};
 fn program(folder: &Path) -> (PathBuf, PathBuf) {
     let checks = folder.join("root/checks");
     std::fs::create_dir_all(&checks).unwrap();
-    let (source, binary) = (format!("{}/guests/programs/user.c", env!("CARGO_MANIFEST_DIR")), checks.join("user"));
+    let (source, binary) =
+        (format!("{}/guests/programs/user.c", env!("CARGO_MANIFEST_DIR")), checks.join("user"));
     let mut compiler = Command::new("cc");
     compiler.args(["-O2", "-static", "-pthread", "-o"]).arg(&binary).arg(source).arg("-lm");
     succeed(&mut compiler);

@@ -131,14 +131,12 @@ impl Cpu {
     }
 
     fn new_space(&self, direct: &mut Direct) -> Option<Space> {
+        if direct.shared.is_refused() {
+            return None;
+        }
         let image = direct.shared.image()?;
         let made = direct.patches.file().and_then(|copies| Child::new(image, self.memory.memfd(), copies));
-        made.map(Space::new)
-            .inspect_err(|e| {
-                tracing::warn!("guest programs are translated, not run directly: {e}");
-                direct.refused = true;
-            })
-            .ok()
+        made.map(Space::new).inspect_err(|e| direct.shared.refuse(e)).ok()
     }
 
     fn end_space(&self, direct: &Direct, space: &mut Space) {
@@ -235,12 +233,6 @@ impl Cpu {
             policy.stopped(space.root, after, after - before);
             break why;
         };
-        tracing::trace!(
-            ?why,
-            rip = space.child.registers.rip,
-            usage = ?space.pages.get(&(space.child.registers.rip >> 12)).map(|p| p.usage),
-            "stopped"
-        );
         self.take_state(&mut space.child, why)?;
         if why == Why::Trap && self.trapped_directly(patches).is_err() {
             self.shut_down = true;

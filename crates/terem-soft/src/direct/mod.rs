@@ -48,8 +48,6 @@ pub(crate) struct Direct {
     runs: u64,
     pin: Pin,
     patches: Patches,
-    /// The host lets no processes be made.
-    refused: bool,
 }
 
 impl Direct {
@@ -65,7 +63,6 @@ impl Direct {
             runs: 0,
             pin: Pin::default(),
             patches: Patches::default(),
-            refused: false,
         })
     }
 }
@@ -114,7 +111,7 @@ impl Cpu {
             && !self.runs_directly_here
             && self.may_run_directly()
             && let Some(direct) = &mut self.direct
-            && !direct.refused
+            && !direct.shared.is_refused()
         {
             direct.policy.interrupted(self.cr3 & ROOT, self.bus.clock.now(), self.kernel_entries);
             self.refresh_direct();

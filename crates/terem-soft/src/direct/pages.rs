@@ -21,7 +21,9 @@ impl Cpu {
         if direct.inbox.waits() {
             let pages = direct.inbox.take();
             for space in &mut direct.spaces {
-                let written = |p: &Page| p.usage == Use::Write && pages.contains(&p.physical);
+                let written = |p: &Page| {
+                    p.usage == Use::Write && pages.as_ref().is_none_or(|all| all.contains(&p.physical))
+                };
                 let found: Vec<u64> =
                     space.pages.iter().filter(|(_, p)| written(p)).map(|(l, _)| *l).collect();
                 space.take(shared, &found)?;

@@ -76,7 +76,6 @@ impl Policy {
         if r.score >= TIMES && !r.direct && now >= r.not_before {
             *r = Record { direct: true, grace: GRACE, back_off: r.back_off, ..Record::default() };
             self.direct += 1;
-            tracing::debug!(root, now, "moved");
         }
     }
 
@@ -93,7 +92,6 @@ impl Policy {
                 let price = u64::from(r.stops) * (shortest + AROUND);
                 let computed = r.spent.saturating_sub(u64::from(r.stops) * shortest);
                 let worth_it = computed + computed / 2 > price;
-                tracing::debug!(root, spent = r.spent, shortest, worth_it, grace = r.grace, "window");
                 (r.stops, r.spent) = (0, 0);
                 if r.grace > 0 {
                     r.grace -= 1;

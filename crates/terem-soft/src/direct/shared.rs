@@ -10,16 +10,23 @@ use terem_memory::{GuestMemory, PAGE_SIZE};
 use super::child::Image;
 use crate::apic::ApicSystem;
 
-/// Pages whose mappings a vCPU has to take away before it runs guest code directly again.
+/// Pages that one vCPU has to take from its programs before it runs guest code directly again.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     waiting: AtomicBool,
     pages: Mutex<Vec<u64>>,
 }
 
+/// So many pages are all pages: a vCPU that runs no programs does not collect them for ever.
+const ALL: usize = 1024;
+
 impl Inbox {
     fn put(&self, page: u64) {
-        locked(&self.pages).push(page);
+        let mut pages = locked(&self.pages);
+        if pages.len() < ALL {
+            pages.push(page);
+        }
+        drop(pages);
         self.waiting.store(true, Ordering::SeqCst);
     }
 
@@ -28,11 +35,12 @@ impl Inbox {
         self.waiting.load(Ordering::SeqCst)
     }
 
-    /// Takes it.
-    pub(super) fn take(&self) -> Vec<u64> {
+    /// Takes it; `None`: all pages.
+    pub(super) fn take(&self) -> Option<Vec<u64>> {
         let mut pages = locked(&self.pages);
         self.waiting.store(false, Ordering::SeqCst);
-        std::mem::take(&mut *pages)
+        let taken = std::mem::take(&mut *pages);
+        (taken.len() < ALL).then_some(taken)
     }
 }
 
@@ -49,6 +57,8 @@ pub(crate) struct Shared {
     apics: Arc<ApicSystem>,
     memory: GuestMemory,
     image: OnceLock<Option<Image>>,
+    /// The host has refused a process.
+    refused: AtomicBool,
     /// All programs run directly.
     pub(super) always: bool,
 }
@@ -59,7 +69,15 @@ impl Shared {
         let pages = usize::try_from(memory.window_len().div_ceil(PAGE_SIZE)).unwrap_or(0);
         let writers = std::iter::repeat_with(AtomicU16::default).take(pages).collect();
         let inboxes = (0..apics.count()).map(|_| Arc::default()).collect();
-        Self { writers, inboxes, apics, memory, image: OnceLock::new(), always }
+        Self {
+            writers,
+            inboxes,
+            apics,
+            memory,
+            image: OnceLock::new(),
+            refused: AtomicBool::new(false),
+            always,
+        }
     }
 
     pub(super) fn inbox(&self, vcpu: u32) -> Arc<Inbox> {
@@ -68,11 +86,20 @@ impl Shared {
 
     /// The executable of new processes, if the host lets there be one.
     pub(super) fn image(&self) -> Option<&Image> {
-        let made = self.image.get_or_init(|| {
-            let made: io::Result<Image> = Image::new();
-            made.inspect_err(|e| tracing::warn!("guest programs are translated, not run directly: {e}")).ok()
-        });
+        let made = self.image.get_or_init(|| Image::new().inspect_err(|e| self.refuse(e)).ok());
         made.as_ref()
+    }
+
+    /// The host lets no processes be made: programs are translated. Says so once.
+    pub(super) fn refuse(&self, why: &io::Error) {
+        if !self.refused.swap(true, Ordering::SeqCst) {
+            tracing::warn!("this host lets guest programs not run directly ({why}): they are translated");
+        }
+    }
+
+    /// Whether that is so.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::SeqCst)
     }
 
     /// Where in guest memory's file a physical page is.
@@ -129,5 +156,53 @@ impl Shared {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use terem_memory::RamRange;
+
+    fn shared(vcpus: u32) -> Shared {
+        let ranges = [RamRange { base: 0, size: 1 << 20 }, RamRange { base: 4 << 20, size: 1 << 20 }];
+        let memory = GuestMemory::new(&ranges).unwrap();
+        let bus = Arc::new(terem_bus::Bus::new(terem_bus::Clock::manual()));
+        let ids: Vec<u32> = (0..vcpus).collect();
+        Shared::new(ApicSystem::new(&ids, bus), memory, false)
+    }
+
+    #[test]
+    fn code_is_not_written_and_what_is_written_is_taken_away_first() {
+        let shared = shared(2);
+        assert!(shared.let_write(5));
+        shared.keep_from_writing(0, 6);
+        assert!(!shared.inbox(1).waits(), "nobody writes page 6");
+        shared.memory.marks().mark_code(5);
+        shared.keep_from_writing(0, 5);
+        for vcpu in 0..2 {
+            assert_eq!(shared.inbox(vcpu).take(), Some(vec![5]));
+        }
+        assert!(!shared.let_write(5), "it holds code");
+        shared.memory.marks().written(5);
+        assert!(shared.let_write(5));
+        assert!(!shared.let_write(1 << 20), "there is no such page");
+    }
+
+    #[test]
+    fn many_pages_are_all_pages() {
+        let inbox = Inbox::default();
+        (0..5000).for_each(|page| inbox.put(page));
+        assert!(inbox.waits());
+        assert_eq!(inbox.take(), None);
+        assert_eq!((inbox.waits(), inbox.take()), (false, Some(Vec::new())));
+    }
+
+    #[test]
+    fn pages_are_found_in_the_file() {
+        let shared = shared(1);
+        assert_eq!(shared.offset(3), Some(0x3000));
+        assert_eq!(shared.offset((4 << 20 | 0x5000) >> 12), Some(1 << 20 | 0x5000));
+        assert_eq!(shared.offset((2 << 20) >> 12), None);
     }
 }

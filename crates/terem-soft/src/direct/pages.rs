@@ -188,7 +188,7 @@ impl Cpu {
         words
     }
 
-    fn page_bytes(&self, page: u64, offset: u64, to: &mut [u8]) {
+    pub(super) fn page_bytes(&self, page: u64, offset: u64, to: &mut [u8]) {
         use terem_memory::vm_memory::{Bytes, GuestAddress};
         // Pages that `peek_user` gives are RAM.
         let read = self.memory.read_slice(to, GuestAddress(page << 12 | offset));

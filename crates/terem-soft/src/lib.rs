@@ -27,6 +27,7 @@ mod decode;
 mod event;
 mod far;
 mod fault;
+mod features;
 mod integer;
 mod iret;
 mod low;
@@ -56,4 +57,5 @@ mod x87;
 mod oracle;
 
 pub use accelerator::{SoftAccelerator, SoftConfig, TSC_KHZ};
+pub use features::supported_features;
 pub use membarrier::announce_barriers;

@@ -18,6 +18,9 @@ pub struct Keys {
     every: Option<Arc<Passphrase>>,
     images: Vec<(PathBuf, Arc<Passphrase>)>,
     headers: Vec<(PathBuf, PathBuf)>,
+    /// Passphrases and directories of certificates by the ids that image names have for them.
+    secrets: Vec<(String, Arc<Passphrase>)>,
+    certificates: Vec<(String, PathBuf)>,
     locked: bool,
     /// Volume keys of images opened before, by the digest in their headers: opening again takes no time.
     opened: Arc<Mutex<Vec<Opened>>>,
@@ -44,6 +47,26 @@ impl Keys {
     /// Sets the passphrase of the image at `path`.
     pub fn set(&mut self, path: impl Into<PathBuf>, passphrase: Passphrase) {
         self.images.push((path.into(), Arc::new(passphrase)));
+    }
+
+    /// Adds a passphrase that the names of images refer to by `id` ([`crate::Source::json`]).
+    pub fn add_secret(&mut self, id: impl Into<String>, passphrase: Passphrase) {
+        self.secrets.push((id.into(), Arc::new(passphrase)));
+    }
+
+    /// Adds a directory with certificates that the names of images refer to by `id`.
+    pub fn add_certificates(&mut self, id: impl Into<String>, directory: impl Into<PathBuf>) {
+        self.certificates.push((id.into(), directory.into()));
+    }
+
+    /// The passphrase with that id.
+    #[must_use]
+    pub fn secret(&self, id: &str) -> Option<&Passphrase> {
+        self.secrets.iter().rev().find(|(known, _)| known == id).map(|(_, passphrase)| &**passphrase)
+    }
+
+    pub(crate) fn certificates(&self, id: &str) -> Option<&Path> {
+        self.certificates.iter().rev().find(|(known, _)| known == id).map(|(_, directory)| &**directory)
     }
 
     /// Says that the LUKS header of the image at `path` is in a file of its own.
@@ -179,7 +202,7 @@ fn change<T>(
 ) -> Result<T, OpenError> {
     let image = ImageFile::open(path, true, true, &mut Vec::new())?;
     let (start, len) = header_area(&image, format)?;
-    let area = FileArea::new(image.plain(), start, len);
+    let area = image.area(start, len);
     let fail = |source| OpenError::Encryption { path: path.to_owned(), source };
     let mut luks = Luks::read(&area).map_err(fail)?;
     work(&mut luks, &area).map_err(fail)

@@ -389,30 +389,8 @@ impl<'a> Opening<'a> {
 
     /// Opens the image's backing file, whose name and format are written in the image.
     pub(crate) fn open_backing(&mut self, name: &str, format: Option<&str>) -> Result<Node, OpenError> {
-        let path = self.image.path();
-        let mut options = self.options.of_below();
-        let below = if name.starts_with(JSON) {
-            if options.backing != BackingPolicy::Any {
-                return Err(refused(path, name, NOT_PLAIN));
-            }
-            let source = Source::json(name, &options)?;
-            options = source.options;
-            source.path
-        } else {
-            resolve_backing(path, name, &options.backing)?
-        };
-        if let Some(name) = format {
-            options.format = Some(Format::from_name(name).ok_or_else(|| {
-                self.below_failed(OpenError::Unsupported {
-                    path: below.clone(),
-                    feature: format!("a backing file of format {name}"),
-                    hint: "convert it with `qemu-img convert -O qcow2`",
-                })
-            })?);
-        } else if !name.starts_with(JSON) {
-            options.format = None;
-        }
-        open_node(self.engine, &below, options.format, false, &options, self.seen)
+        let Source { path, options } = backing_source(self.image.path(), name, format, self.options)?;
+        open_node(self.engine, &path, options.format, false, &options, self.seen)
             .map_err(|error| self.below_failed(error))
     }
 
@@ -431,6 +409,38 @@ impl<'a> Opening<'a> {
         let path = resolve_backing(self.image.path(), name, &self.options.backing)?;
         ImageFile::open(&path, self.writing, self.options.lock, &mut self.seen.files)
     }
+}
+
+/// What the image at `path` has below it by this name and format, opened as `options` say.
+pub(crate) fn backing_source(
+    path: &Path,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Source, OpenError> {
+    let options = OpenOptions { format: None, ..options.of_below() };
+    let tree = name.starts_with(JSON);
+    let mut source = if tree {
+        if options.backing != BackingPolicy::Any {
+            return Err(refused(path, name, NOT_PLAIN));
+        }
+        Source::json(name, &options)?
+    } else {
+        Source { path: resolve_backing(path, name, &options.backing)?, options }
+    };
+    if let Some(format) = format {
+        let known = Format::from_name(format).ok_or_else(|| {
+            let unsupported = OpenError::Unsupported {
+                path: source.path.clone(),
+                feature: format!("a backing file of format {format}"),
+                hint: "convert it with `qemu-img convert -O qcow2`",
+            };
+            OpenError::Backing { path: path.to_owned(), source: Box::new(unsupported) }
+        })?;
+        // A tree says it better: the format that is written beside it can be that of its lowest node.
+        source.options.format = source.options.format.filter(|_| tree).or(Some(known));
+    }
+    Ok(source)
 }
 
 /// Why a name that is none of a file is refused.

@@ -69,6 +69,12 @@ impl Keys {
         self.certificates.iter().rev().find(|(known, _)| known == id).map(|(_, directory)| &**directory)
     }
 
+    /// The passphrase that was set for the image at `path`.
+    #[must_use]
+    pub fn of_image(&self, path: &Path) -> Option<&Passphrase> {
+        self.images.iter().rev().find(|(p, _)| same_file(p, path)).map(|(_, key)| &**key)
+    }
+
     /// Says that the LUKS header of the image at `path` is in a file of its own.
     pub fn set_header(&mut self, path: impl Into<PathBuf>, header: impl Into<PathBuf>) {
         self.headers.push((path.into(), header.into()));
@@ -79,8 +85,7 @@ impl Keys {
     /// # Errors
     /// [`OpenError::NeedsPassphrase`].
     pub(crate) fn of(&self, path: &Path) -> Result<&Passphrase, OpenError> {
-        let own = self.images.iter().rev().find(|(p, _)| same_file(p, path)).map(|(_, key)| key);
-        let key = own.or(self.every.as_ref()).map(|key| &**key);
+        let key = self.of_image(path).or(self.every.as_deref());
         key.ok_or_else(|| OpenError::NeedsPassphrase { path: path.to_owned() })
     }
 
@@ -174,6 +179,57 @@ pub fn remove_key(
             }
         };
         luks.remove_key(area, slot).map(|()| slot)
+    })
+}
+
+/// A change of key slots as `qemu-img amend` has them.
+#[derive(Debug, Clone, Copy)]
+pub enum SlotChange<'a> {
+    /// Takes a slot that is free for a new passphrase.
+    Use {
+        /// One that opens the image now.
+        known: &'a Passphrase,
+        /// The new one.
+        new: &'a Passphrase,
+    },
+    /// Destroys the slot with [`KeyOptions::slot`]'s number.
+    Destroy,
+    /// Destroys all slots that open with this passphrase.
+    DestroyAll(&'a Passphrase),
+}
+
+/// Changes key slots of the image at `path`, asking for no more than `qemu-img amend` does: who can write the image can
+/// destroy slots. The last one is left.
+///
+/// # Errors
+/// As [`add_key`].
+pub fn change_slots(
+    path: impl AsRef<Path>,
+    change_to: SlotChange<'_>,
+    options: &KeyOptions,
+) -> Result<(), OpenError> {
+    change(path.as_ref(), options.format, |luks, area| match change_to {
+        SlotChange::Use { known, new } => {
+            let (key, _) = luks.unlock(area, known, None, Limits::default())?;
+            luks.add_key(area, &key, new, options.slot, options.cost).map(drop)
+        }
+        SlotChange::Destroy => luks.remove_key(area, options.slot.unwrap_or(0)),
+        SlotChange::DestroyAll(old) => {
+            let slots: Vec<usize> = luks.info()?.slots.into_iter().map(|slot| slot.slot).collect();
+            let mut opened = Vec::new();
+            for &slot in &slots {
+                match luks.unlock(area, old, Some(slot), Limits::default()) {
+                    Ok(_) => opened.push(slot),
+                    Err(CryptError::WrongPassphrase) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            match opened.as_slice() {
+                [] => Err(CryptError::WrongPassphrase),
+                [first, ..] if opened.len() == slots.len() => Err(CryptError::LastSlot(*first)),
+                opened => opened.iter().try_for_each(|&slot| luks.remove_key(area, slot)),
+            }
+        }
     })
 }
 

@@ -60,8 +60,8 @@ mod vmdk;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
-pub use check::{CheckReport, check, check_unlocked};
-pub use commit::{Rebase, commit, rebase};
+pub use check::{CheckReport, check, check_source, check_unlocked};
+pub use commit::{CommitOptions, Rebase, commit, rebase};
 pub use compare::{Comparison, Difference, compare};
 pub use convert::{ConvertOptions, Progress, convert, convert_sources, export, import};
 pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
@@ -72,7 +72,7 @@ pub use exercise::{exercise_pieces, exercise_qcow2};
 pub use extent::{Extent, ExtentKind};
 pub use format::{CreateOption, Format};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info, info_of_source};
-pub use keys::{KeyOptions, Keys, add_key, change_key, remove_key};
+pub use keys::{KeyOptions, Keys, SlotChange, add_key, change_key, change_slots, remove_key};
 pub use lock::Holder;
 pub use maintain::{
     Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,

@@ -208,7 +208,7 @@ fn statuses(copying: &Copying<'_>, at: u64, length: u64) -> Result<Vec<Extent>, 
     match copying.from.block_status(at, length) {
         Err(error) if copying.options.salvage => {
             if length <= LEAST {
-                tracing::warn!("cannot find out where data is at {at}: {error}; it will be read");
+                (copying.options.warn)(&format!("error while reading block status at offset {at}: {error}"));
                 return Ok(vec![Extent::new(at, length, ExtentKind::Data, None)]);
             }
             let half = (length / 2).next_multiple_of(LEAST).min(length - 1);

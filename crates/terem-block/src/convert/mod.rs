@@ -58,6 +58,8 @@ pub struct ConvertOptions {
     pub offload: bool,
     /// Most bytes to write a second.
     pub rate: Option<u64>,
+    /// Takes what is to be known of a copy that succeeds.
+    pub warn: fn(&str),
 }
 
 impl Default for ConvertOptions {
@@ -75,6 +77,7 @@ impl Default for ConvertOptions {
             salvage: false,
             offload: false,
             rate: None,
+            warn: |text| tracing::warn!("{text}"),
         }
     }
 }

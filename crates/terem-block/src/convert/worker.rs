@@ -226,7 +226,7 @@ impl<'a> Worker<'a> {
             let at = offset + (i * SECTOR) as u64;
             if let Err(error) = self.read_by_request(at, sector) {
                 sector.fill(0);
-                tracing::warn!("{error}, at byte {at}: it is zeroes in the copy");
+                (self.copying.options.warn)(&format!("error while reading offset {at}: {error}; it is zeroes in the copy"));
             }
         }
         Ok(())

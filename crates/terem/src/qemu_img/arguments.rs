@@ -73,7 +73,7 @@ pub struct Amend {
     pub force: bool,
     #[arg(short, long, required = true)]
     pub options: Vec<String>,
-    pub filename: String,
+    pub filename: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -200,8 +200,8 @@ pub struct Convert {
     pub source_snapshot: Option<String>,
     #[arg(short = 'T', long)]
     pub source_cache: Option<String>,
-    #[arg(short = 'O', long, default_value = "raw")]
-    pub target_format: String,
+    #[arg(short = 'O', long)]
+    pub target_format: Option<String>,
     #[arg(long)]
     pub target_image_opts: bool,
     #[arg(short = 'o', long)]
@@ -229,7 +229,7 @@ pub struct Convert {
     #[arg(short, long)]
     pub rate: Option<String>,
     #[arg(short = 'm', long)]
-    pub parallel: Option<usize>,
+    pub parallel: Option<String>,
     #[arg(short = 'C', long)]
     pub copy_range_offloading: bool,
     #[arg(short = 'W', long)]
@@ -242,7 +242,7 @@ pub struct Convert {
     pub progress: bool,
     #[arg(long)]
     pub object: Vec<String>,
-    #[arg(required = true, num_args = 2..)]
+    #[arg(num_args = 0..)]
     pub filenames: Vec<String>,
 }
 
@@ -258,7 +258,7 @@ pub struct Create {
     pub backing_format: Option<String>,
     #[arg(short = 'u', long)]
     pub backing_unsafe: bool,
-    pub filename: String,
+    pub filename: Option<String>,
     pub size: Option<String>,
 }
 

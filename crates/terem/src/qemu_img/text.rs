@@ -55,6 +55,21 @@ pub fn options(text: &str) -> Vec<(String, String)> {
     items.into_iter().filter(|item| !item.is_empty()).map(pair).collect()
 }
 
+/// The items of all `-o` of a command line, which must be lists.
+pub fn option_items(lists: &[String]) -> Result<Vec<(String, String)>, Failed> {
+    let mut items = Vec::new();
+    for list in lists {
+        // Put together by commas they must not run into each other.
+        let trailing = list.bytes().rev().take_while(|&b| b == b',').count();
+        let leading = list.bytes().take_while(|&b| b == b',').count();
+        if list.is_empty() || trailing % 2 == 1 || leading > 0 {
+            return Err(Failed::new(format!("Invalid option list: {list}")));
+        }
+        items.append(&mut options(list));
+    }
+    Ok(items)
+}
+
 /// The name that qemu-img has for a format.
 pub fn format_name(format: Format) -> &'static str {
     match format.name() {

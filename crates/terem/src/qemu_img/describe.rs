@@ -1,0 +1,241 @@
+//! `info`: what there is to know of an image and its backing files.
+
+use super::facts::{format_specific, people};
+use super::text::{format_name, human, json};
+use super::{Failed, Named, Outcome, arguments, change, is_json, out};
+use serde_json::{Map, Value, json as value};
+use std::fmt::Write;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use terem_block::{
+    BackingPolicy, Below, Disk, Format, ImageInfo, OpenOptions, SnapshotInfo, Source, beside, is_address,
+};
+
+pub fn info(arguments: &arguments::Info) -> Outcome {
+    let named = Named::new(&arguments.filename, &arguments.common)?;
+    let as_json = is_json(&arguments.output)?;
+    let infos = if arguments.backing_chain { chain(&named)? } else { vec![top(&named)?] };
+    let text = match (as_json, arguments.backing_chain) {
+        (true, true) => json(&infos.iter().map(describe).collect::<Vec<_>>())?,
+        (true, false) => json(&describe(&infos[0]))?,
+        (false, _) => infos.iter().map(for_people).collect::<Vec<_>>().join("\n"),
+    };
+    out(&text);
+    Ok(0)
+}
+
+/// An image, and the name that is printed of it.
+pub struct Described {
+    pub name: String,
+    pub info: ImageInfo,
+}
+
+pub fn top(named: &Named) -> Result<Described, Failed> {
+    let info = terem_block::info_of_source(&named.source).map_err(|error| named.failed(&error))?;
+    Ok(Described { name: named.shown(), info })
+}
+
+/// An image and its backing files.
+pub fn chain(named: &Named) -> Result<Vec<Described>, Failed> {
+    let mut infos = vec![top(named)?];
+    let mut source = named.source.clone();
+    while infos.len() <= 200 {
+        let Some(last) = infos.last() else { break };
+        let (name, next) = match &source.options.below {
+            Below::Image(image) => (image.path.display().to_string(), (**image).clone()),
+            Below::Nothing => break,
+            Below::AsWritten => {
+                let Some((name, format)) = backing(&last.info) else { break };
+                let full = beside(&source.path, &name).display().to_string();
+                let base = OpenOptions {
+                    backing: BackingPolicy::Any,
+                    lock: named.options().lock,
+                    ..OpenOptions::read_only()
+                };
+                let mut next = Source::named(&full, &base).map_err(|error| named.failed(&error))?;
+                let known = format.as_deref().and_then(Format::from_name);
+                next.options.format = next.options.format.or(known);
+                (full, next)
+            }
+        };
+        let info = terem_block::info_of_source(&next).map_err(|error| named.failed(&error))?;
+        infos.push(Described { name, info });
+        source = next;
+    }
+    if infos.len() > 1 {
+        // A chain that leads back to itself has been refused by nobody so far.
+        let open = OpenOptions { lock: false, keys: terem_block::Keys::locked(), ..named.read_only() };
+        Disk::open(named.path(), &open).map_err(|error| named.failed(&error))?;
+    }
+    Ok(infos)
+}
+
+/// The backing file that is written in an image: its name and format.
+pub fn backing(info: &ImageInfo) -> Option<(String, Option<String>)> {
+    if let Some(vmdk) = &info.vmdk {
+        return vmdk.parent.clone().map(|parent| (parent, Some("vmdk".to_owned())));
+    }
+    let qcow2 = info.qcow2.as_ref()?;
+    Some((qcow2.backing_filename.clone()?, qcow2.backing_format.clone()))
+}
+
+/// What `--output=json` prints of an image.
+fn describe(described: &Described) -> Value {
+    let Described { name, info } = described;
+    let mut text = Map::new();
+    let mut put = |name: &str, value: Value| drop(text.insert(name.to_owned(), value));
+    put("virtual-size", info.virtual_size.into());
+    put("filename", name.clone().into());
+    put("format", format_name(info.format).into());
+    if !is_address(&info.filename) {
+        put("actual-size", info.actual_size.into());
+    }
+    put("dirty-flag", info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty).into());
+    if info.encryption.is_some() {
+        put("encrypted", true.into());
+    }
+    if let Some(size) = cluster_size(info) {
+        put("cluster-size", size.into());
+    }
+    if let Some((name, format)) = backing(info) {
+        put("full-backing-filename", value!(beside(&info.filename, &name)));
+        put("backing-filename", name.into());
+        if let Some(format) = format {
+            put("backing-filename-format", format.into());
+        }
+    }
+    if let Some(qcow2) = info.qcow2.as_ref().filter(|qcow2| !qcow2.snapshots.is_empty()) {
+        put("snapshots", qcow2.snapshots.iter().map(snapshot).collect());
+    }
+    if let Some(facts) = format_specific(described) {
+        put("format-specific", value!({ "type": format_name(info.format), "data": facts }));
+    }
+    let child = |(name, file): (String, PathBuf)| value!({ "name": name, "info": file_facts(&file) });
+    put("children", children(info).into_iter().map(child).collect());
+    Value::Object(text)
+}
+
+fn cluster_size(info: &ImageInfo) -> Option<u64> {
+    info.qcow2.as_ref().map(|qcow2| qcow2.cluster_size).or(info.cluster_size)
+}
+
+/// The files of an image by the names that they have in its graph.
+fn children(info: &ImageInfo) -> Vec<(String, PathBuf)> {
+    let mut children = Vec::new();
+    for (i, extent) in info.vmdk.iter().flat_map(|vmdk| &vmdk.extents).enumerate() {
+        if !extent.filename.is_empty() {
+            children.push((format!("extents.{i}"), beside(&info.filename, &extent.filename)));
+        }
+    }
+    children.push(("file".to_owned(), info.filename.clone()));
+    if let Some(name) = info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file.as_ref()) {
+        children.push(("data-file".to_owned(), beside(&info.filename, name)));
+    }
+    children
+}
+
+/// A file's kind, length and bytes taken.
+struct FileFacts {
+    kind: &'static str,
+    length: u64,
+    taken: Option<u64>,
+}
+
+impl FileFacts {
+    fn of(path: &Path) -> Self {
+        if is_address(path) {
+            let length = terem_block::info(path, None).map_or(0, |info| info.virtual_size);
+            return Self { kind: "nbd", length, taken: None };
+        }
+        match std::fs::metadata(path) {
+            Ok(meta) if meta.file_type().is_block_device() => {
+                let length = terem_block::info(path, Some(Format::Raw)).map_or(0, |info| info.virtual_size);
+                Self { kind: "host_device", length, taken: Some(0) }
+            }
+            Ok(meta) => {
+                let length = meta.len().next_multiple_of(512);
+                Self { kind: "file", length, taken: Some(meta.blocks() * 512) }
+            }
+            Err(_) => Self { kind: "file", length: 0, taken: None },
+        }
+    }
+}
+
+fn file_facts(path: &Path) -> Value {
+    let FileFacts { kind, length, taken } = FileFacts::of(path);
+    let mut facts = value!({
+        "children": [], "virtual-size": length, "filename": path, "format": kind, "dirty-flag": false,
+    });
+    if let Some(taken) = taken {
+        facts["actual-size"] = taken.into();
+    }
+    if kind == "file" {
+        facts["format-specific"] = value!({ "type": "file", "data": {} });
+    }
+    facts
+}
+
+fn snapshot(s: &SnapshotInfo) -> Value {
+    let mut facts = value!({
+        "id": s.id, "name": s.name, "date-sec": s.date, "date-nsec": s.date_nsec, "vm-state-size": s.vm_state_size,
+        "vm-clock-sec": s.vm_clock / 1_000_000_000, "vm-clock-nsec": s.vm_clock % 1_000_000_000,
+    });
+    if let Some(count) = s.icount {
+        facts["icount"] = count.into();
+    }
+    facts
+}
+
+fn for_people(described: &Described) -> String {
+    let Described { name, info } = described;
+    let mut text = format!(
+        "image: {name}\nfile format: {}\nvirtual size: {} ({} bytes)\n",
+        format_name(info.format),
+        human(info.virtual_size),
+        info.virtual_size,
+    );
+    let _ = if is_address(&info.filename) {
+        writeln!(text, "disk size: unavailable")
+    } else {
+        writeln!(text, "disk size: {}", human(info.actual_size))
+    };
+    if info.encryption.is_some() {
+        text += "encrypted: yes\n";
+    }
+    if let Some(size) = cluster_size(info) {
+        let _ = writeln!(text, "cluster_size: {size}");
+    }
+    if info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty) {
+        text += "cleanly shut down: no\n";
+    }
+    if let Some((backing, format)) = backing(info) {
+        let full = beside(&info.filename, &backing);
+        let _ = write!(text, "backing file: {backing}");
+        let _ = if full == Path::new(&backing) {
+            writeln!(text)
+        } else {
+            writeln!(text, " (actual path: {})", full.display())
+        };
+        if let Some(format) = format {
+            let _ = writeln!(text, "backing file format: {format}");
+        }
+    }
+    if let Some(qcow2) = info.qcow2.as_ref().filter(|qcow2| !qcow2.snapshots.is_empty()) {
+        text += &change::snapshot_table(&qcow2.snapshots);
+    }
+    if let Some(facts) = format_specific(described) {
+        text += "Format specific information:\n";
+        people(&mut text, &facts, 1);
+    }
+    for (name, file) in children(info) {
+        let FileFacts { kind, length, taken } = FileFacts::of(&file);
+        let _ = write!(
+            text,
+            "Child node '/{name}':\n    filename: {}\n    protocol type: {kind}\n    file length: {} ({length} bytes)\n    disk size: {}\n",
+            file.display(),
+            human(length),
+            taken.map_or_else(|| "unavailable".to_owned(), human)
+        );
+    }
+    text
+}

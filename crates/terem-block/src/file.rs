@@ -360,6 +360,16 @@ impl File {
         Ok(())
     }
 
+    /// Cuts a regular file after `len` bytes, if it is longer.
+    pub(crate) fn cut(&self, len: u64) -> Result<(), IoError> {
+        if self.block_device || self.limit != u64::MAX || len >= self.len.get() {
+            return Ok(());
+        }
+        rustix::fs::ftruncate(&*self.fd, self.start + len).map_err(std::io::Error::from)?;
+        self.len.set(len);
+        Ok(())
+    }
+
     /// Makes sure that later writes to the range find space. The contents are then undefined.
     pub(crate) async fn reserve(&self, offset: u64, length: u64) -> Result<(), IoError> {
         if self.block_device {

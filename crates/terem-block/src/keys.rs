@@ -191,6 +191,8 @@ pub enum SlotChange<'a> {
         known: &'a Passphrase,
         /// The new one.
         new: &'a Passphrase,
+        /// Take the slot with [`KeyOptions::slot`]'s number although it is in use.
+        force: bool,
     },
     /// Destroys the slot with [`KeyOptions::slot`]'s number.
     Destroy,
@@ -209,8 +211,16 @@ pub fn change_slots(
     options: &KeyOptions,
 ) -> Result<(), OpenError> {
     change(path.as_ref(), options.format, |luks, area| match change_to {
-        SlotChange::Use { known, new } => {
+        SlotChange::Use { known, new, force } => {
             let (key, _) = luks.unlock(area, known, None, Limits::default())?;
+            let taken = options.slot.filter(|slot| force && luks.info().is_ok_and(|info| info.slots.iter().any(|s| s.slot == *slot)));
+            if let Some(slot) = taken {
+                // A second one first, so that there is always one that opens the image.
+                let spare = luks.add_key(area, &key, new, None, options.cost)?;
+                luks.remove_key(area, slot)?;
+                luks.add_key(area, &key, new, Some(slot), options.cost)?;
+                return luks.remove_key(area, spare);
+            }
             luks.add_key(area, &key, new, options.slot, options.cost).map(drop)
         }
         SlotChange::Destroy => luks.remove_key(area, options.slot.unwrap_or(0)),

@@ -70,7 +70,7 @@ pub use encryption::{EncryptionInfo, EncryptionOptions};
 pub use error::OpenError;
 pub use exercise::{exercise_pieces, exercise_qcow2};
 pub use extent::{Extent, ExtentKind};
-pub use format::{CreateOption, Format};
+pub use format::{CreateOption, Format, size as parse_size};
 pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info, info_of_source};
 pub use keys::{KeyOptions, Keys, SlotChange, add_key, change_key, change_slots, remove_key};
 pub use lock::Holder;

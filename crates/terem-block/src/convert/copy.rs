@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::worker::{Target, Worker};
 use super::{Copying, Pace, Progress, request};
+use crate::executor::LocalFuture;
 use crate::node::Node;
 use crate::{BlockBackend, Extent, ExtentKind, Format, IoError, OpenError};
 
@@ -137,6 +138,13 @@ pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), 
     }
     if cancelled {
         return Err(OpenError::Cancelled);
+    }
+    if !copying.options.existing {
+        // Storage that workers took ahead and did not need.
+        let trim = |node: std::rc::Rc<Node>| {
+            Box::pin(async move { node.image().trim().await }) as LocalFuture<'_, Result<(), IoError>>
+        };
+        copying.to.with_node(trim).map_err(|e| request(copying.target, "writing the copy", e))?;
     }
     copying.to.flush_and_close().map_err(|e| request(copying.target, "writing the copy", e))?;
     progress(size, size);

@@ -31,6 +31,8 @@ pub(super) struct Target {
     zeroes: bool,
     /// Whether it has the source's backing files too.
     shares_backing: bool,
+    /// Whether zeroes may be left out at all.
+    sparse: bool,
 }
 
 enum How {
@@ -80,7 +82,8 @@ impl Target {
         let unknown =
             if options.existing { !options.target_is_zero } else { !copying.to.facts().zero_when_new };
         let zeroes = unknown || backed;
-        Ok(Self { unit, cluster, how, zeroes, shares_backing: backed && options.share_backing })
+        let (sparse, shares_backing) = (options.sparse > 0, backed && options.share_backing);
+        Ok(Self { unit, cluster, how, zeroes, shares_backing, sparse })
     }
 
     /// Whether the target has this already, from its backing file.
@@ -90,7 +93,7 @@ impl Target {
 
     /// Whether nothing needs to be written for it.
     pub(super) fn leaves_out(&self, extent: &Extent) -> bool {
-        extent.is_zero() && !self.zeroes
+        self.sparse && extent.is_zero() && !self.zeroes
     }
 }
 
@@ -246,7 +249,6 @@ impl<'a> Worker<'a> {
     /// Writes what is not zero.
     fn write(&mut self, window: &Window, buffer: &[u8]) -> Result<(), OpenError> {
         let unit = to_usize(self.target.unit);
-        let sparse = self.copying.options.sparse > 0;
         let target = self.target;
         let mut placed = Vec::new();
         let (mut at, length) = (0, to_usize(window.length));
@@ -257,7 +259,7 @@ impl<'a> Worker<'a> {
                 let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
                 if extents().all(|extent| target.skips(extent)) {
                     Kind::Skipped
-                } else if extents().all(Extent::is_zero) || sparse && is_zero(&buffer[at..at + unit]) {
+                } else if target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit])) {
                     Kind::Zero
                 } else {
                     Kind::Data
@@ -344,7 +346,7 @@ impl<'a> Worker<'a> {
         let mut packed = Vec::new();
         for (i, cluster) in bytes.chunks(to_usize(packer.unit)).enumerate() {
             let at = i as u64 * packer.unit;
-            if is_zero(cluster) {
+            if self.target.sparse && is_zero(cluster) {
                 continue;
             }
             if let Some(smaller) = (packer.compress)(cluster) {

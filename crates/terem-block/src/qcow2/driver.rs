@@ -170,6 +170,10 @@ impl Image for Qcow2 {
         Box::pin(self.give_back(host >> self.bits(), length >> self.bits()))
     }
 
+    fn trim(&self) -> Answer<'_> {
+        Box::pin(self.trim())
+    }
+
     fn compression(&self) -> Option<Packer> {
         let compress: fn(&[u8]) -> Option<Vec<u8>> = match self.header.compression {
             Compression::Zlib => |data| compress(Compression::Zlib, data),

@@ -247,7 +247,7 @@ pub fn amend(arguments: &arguments::Amend) -> Outcome {
         terem_block::amend(path, named.format(), &changes).map_err(|error| named.failed(&error))?;
     }
     if slots.is_asked() {
-        slots.apply(&named, &keys)?;
+        slots.apply(&named, &keys, arguments.force)?;
     }
     if let Some(backing) = backing {
         let backing = new_backing(&backing, backing_format.as_ref())?;

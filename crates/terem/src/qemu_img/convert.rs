@@ -36,6 +36,9 @@ fn check(arguments: &arguments::Convert) -> Result<(), Failed> {
     if arguments.no_create && !arguments.target_options.is_empty() {
         return no("-o has no effect when skipping image creation");
     }
+    if arguments.target_image_opts && arguments.target_format.is_some() {
+        return no("--image-opts and --format are mutually exclusive");
+    }
     if arguments.target_is_zero && !arguments.no_create {
         return no("--target-is-zero requires use of -n flag");
     }

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use terem_block::{
-    BackingPolicy, Below, Disk, Format, ImageInfo, OpenOptions, SnapshotInfo, Source, beside, is_address,
+    BackingPolicy, Below, Disk, FilePart, Format, ImageInfo, OpenOptions, SnapshotInfo, Source, beside, is_address,
 };
 
 pub fn info(arguments: &arguments::Info) -> Outcome {
@@ -27,12 +27,55 @@ pub fn info(arguments: &arguments::Info) -> Outcome {
 /// An image, and the name that is printed of it.
 pub struct Described {
     pub name: String,
+    /// Where it is, if it is not a whole file.
+    part: Option<FilePart>,
     pub info: ImageInfo,
+}
+
+/// The name by which an image could be opened again: its file's, unless there is more to say than that.
+pub fn name_of(source: &Source) -> String {
+    let below = match &source.options.below {
+        Below::Image(below) => Some(below),
+        Below::Nothing | Below::AsWritten => None,
+    };
+    if source.options.part.is_none() && below.is_none() {
+        let name = source.path.display().to_string();
+        // What comes before a colon would be taken for a protocol.
+        let protocol = name.split('/').next().is_some_and(|first| first.contains(':'));
+        return if protocol && !is_address(&source.path) { format!("./{name}") } else { name };
+    }
+    format!("json:{}", tree(source))
+}
+
+fn file_tree(path: &Path) -> Value {
+    value!({ "driver": "file", "filename": path })
+}
+
+fn raw_tree(path: &Path, part: &FilePart) -> Value {
+    let mut raw = value!({ "driver": "raw", "offset": part.offset, "file": file_tree(path) });
+    if let Some(size) = part.size {
+        raw["size"] = size.into();
+    }
+    raw
+}
+
+fn tree(source: &Source) -> Value {
+    let Source { path, options } = source;
+    let format = options.format.map_or("raw", format_name);
+    let mut tree = match &options.part {
+        Some(part) if format == "raw" => raw_tree(path, part),
+        Some(part) => value!({ "driver": format, "file": raw_tree(path, part) }),
+        None => value!({ "driver": format, "file": file_tree(path) }),
+    };
+    if let Below::Image(below) = &options.below {
+        tree["backing"] = self::tree(below);
+    }
+    tree
 }
 
 pub fn top(named: &Named) -> Result<Described, Failed> {
     let info = terem_block::info_of_source(&named.source).map_err(|error| named.failed(&error))?;
-    Ok(Described { name: named.shown(), info })
+    Ok(Described { name: named.shown(), part: named.options().part, info })
 }
 
 /// An image and its backing files.
@@ -41,8 +84,8 @@ pub fn chain(named: &Named) -> Result<Vec<Described>, Failed> {
     let mut source = named.source.clone();
     while infos.len() <= 200 {
         let Some(last) = infos.last() else { break };
-        let (name, next) = match &source.options.below {
-            Below::Image(image) => (image.path.display().to_string(), (**image).clone()),
+        let next = match &source.options.below {
+            Below::Image(image) => (**image).clone(),
             Below::Nothing => break,
             Below::AsWritten => {
                 let Some((name, format)) = backing(&last.info) else { break };
@@ -55,11 +98,11 @@ pub fn chain(named: &Named) -> Result<Vec<Described>, Failed> {
                 let mut next = Source::named(&full, &base).map_err(|error| named.failed(&error))?;
                 let known = format.as_deref().and_then(Format::from_name);
                 next.options.format = next.options.format.or(known);
-                (full, next)
+                next
             }
         };
         let info = terem_block::info_of_source(&next).map_err(|error| named.failed(&error))?;
-        infos.push(Described { name, info });
+        infos.push(Described { name: name_of(&next), part: next.options.part, info });
         source = next;
     }
     if infos.len() > 1 {
@@ -81,7 +124,7 @@ pub fn backing(info: &ImageInfo) -> Option<(String, Option<String>)> {
 
 /// What `--output=json` prints of an image.
 fn describe(described: &Described) -> Value {
-    let Described { name, info } = described;
+    let Described { name, info, part } = described;
     let mut text = Map::new();
     let mut put = |name: &str, value: Value| drop(text.insert(name.to_owned(), value));
     put("virtual-size", info.virtual_size.into());
@@ -110,7 +153,20 @@ fn describe(described: &Described) -> Value {
     if let Some(facts) = format_specific(described) {
         put("format-specific", value!({ "type": format_name(info.format), "data": facts }));
     }
-    let child = |(name, file): (String, PathBuf)| value!({ "name": name, "info": file_facts(&file) });
+    let child = |(name, file): (String, PathBuf)| {
+        let mut facts = file_facts(&file);
+        // A format in a part of a file has a node of the format raw between.
+        if let Some(part) = part.filter(|_| name == "file" && info.format != Format::Raw) {
+            let length = facts["virtual-size"].as_u64().unwrap_or(0);
+            let size = part.size.unwrap_or(length.saturating_sub(part.offset));
+            facts = value!({
+                "children": [{ "name": "file", "info": facts }], "virtual-size": size, "format": "raw",
+                "filename": format!("json:{}", raw_tree(&file, &part)), "dirty-flag": false,
+                "actual-size": info.actual_size,
+            });
+        }
+        value!({ "name": name, "info": facts })
+    };
     put("children", children(info).into_iter().map(child).collect());
     Value::Object(text)
 }
@@ -127,10 +183,10 @@ fn children(info: &ImageInfo) -> Vec<(String, PathBuf)> {
             children.push((format!("extents.{i}"), beside(&info.filename, &extent.filename)));
         }
     }
-    children.push(("file".to_owned(), info.filename.clone()));
     if let Some(name) = info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file.as_ref()) {
         children.push(("data-file".to_owned(), beside(&info.filename, name)));
     }
+    children.push(("file".to_owned(), info.filename.clone()));
     children
 }
 
@@ -187,7 +243,7 @@ fn snapshot(s: &SnapshotInfo) -> Value {
 }
 
 fn for_people(described: &Described) -> String {
-    let Described { name, info } = described;
+    let Described { name, info, .. } = described;
     let mut text = format!(
         "image: {name}\nfile format: {}\nvirtual size: {} ({} bytes)\n",
         format_name(info.format),

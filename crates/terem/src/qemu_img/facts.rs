@@ -6,28 +6,29 @@ use std::fmt::Write;
 use terem_block::{EncryptionInfo, Format, LuksInfo, Qcow2Info, VmdkInfo, beside};
 
 /// The order in which qemu-img prints facts for people.
-const ORDER: [&str; 34] = [
+const ORDER: [&str; 35] = [
     "compat",
     "compression-type",
     "lazy-refcounts",
     "bitmaps",
     "refcount-bits",
     "encrypt",
-    "corrupt",
     "data-file",
     "data-file-raw",
+    "corrupt",
     "extended-l2",
     "cid",
     "parent-cid",
     "create-type",
     "extents",
+    "compressed",
     "virtual-size",
     "ivgen-alg",
-    "ivgen-hash-alg",
     "detached-header",
     "hash-alg",
     "cipher-alg",
     "uuid",
+    "ivgen-hash-alg",
     "filename",
     "cluster-size",
     "format",

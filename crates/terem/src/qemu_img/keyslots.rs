@@ -58,7 +58,7 @@ impl Slots {
             || self.cost.is_some()
     }
 
-    pub fn apply(&self, named: &Named, keys: &Keys) -> Result<(), Failed> {
+    pub fn apply(&self, named: &Named, keys: &Keys, force: bool) -> Result<(), Failed> {
         let secret = |id: &str| -> Result<&Passphrase, Failed> {
             keys.secret(id).ok_or_else(|| Failed::new(format!("No secret with id '{id}'")))
         };
@@ -81,7 +81,7 @@ impl Slots {
                     Some(id) => secret(id)?,
                     None => opened,
                 };
-                SlotChange::Use { known, new: secret(new)? }
+                SlotChange::Use { known, new: secret(new)?, force }
             }
             Some(false) if self.new_secret.is_some() => {
                 return Err(Failed::new("'new-secret' must not be given when erasing keyslots"));

@@ -21,7 +21,7 @@ use std::fmt::Display;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use terem_block::{BackingPolicy, Below, Format, Keys, OpenError, OpenOptions, Source};
+use terem_block::{BackingPolicy, Format, Keys, OpenError, OpenOptions, Source};
 
 /// The version of qemu-img that this is like: programs look at it to know what there is.
 const VERSION: &str = "10.0.2";
@@ -204,14 +204,9 @@ impl Named {
         Ok(self.path())
     }
 
-    /// The name as it is printed: a file's, unless there is more to it.
+    /// The name as it is printed.
     fn shown(&self) -> String {
-        let options = &self.source.options;
-        if options.part.is_some() || matches!(options.below, Below::Image(_)) {
-            self.text.clone()
-        } else {
-            self.path().display().to_string()
-        }
+        describe::name_of(&self.source)
     }
 
     /// "Could not open …", as qemu-img says it.

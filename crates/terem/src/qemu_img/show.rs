@@ -34,7 +34,7 @@ pub fn check(arguments: &arguments::Check) -> Outcome {
         Some(what) => terem_block::repair(named.whole()?, Some(format), what).map_err(fail)?,
     };
     if as_json {
-        out(&json(&check_facts(&named.shown(), format, &before, &report))?);
+        out(&json(&check_facts(&named.text, format, &before, &report))?);
     } else if !arguments.common.quiet {
         out(&check_for_people(&before, &report));
     }
@@ -132,8 +132,9 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
     let disk = Disk::open(named.path(), &named.read_only()).map_err(|error| named.failed(&error))?;
     let chain = chain(&named)?;
     let extents = disk.block_status(start, length).map_err(Failed::new)?;
-    // A part of a file is a window on it.
-    let first = named.options().part.map_or(0, |part| part.offset);
+    // What is in a part of a file is told as places in the file by the format raw, which has such parts.
+    let raw = disk.facts().format == Format::Raw;
+    let first = named.options().part.filter(|_| raw).map_or(0, |part| part.offset);
     let mut seen: Vec<Seen> = Vec::new();
     for extent in extents {
         let image = chain.get(extent.depth as usize);
@@ -141,6 +142,10 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
         if !seen.last_mut().is_some_and(|last| last.join(&extent)) {
             seen.push(extent);
         }
+    }
+    if seen.is_empty() && length > 0 {
+        // Beyond the disk's end, or of a disk of no bytes.
+        seen.push(Seen { start, ..Seen::default() });
     }
     if as_json {
         out(&map_json(&seen));
@@ -162,6 +167,8 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
 }
 
 /// A run of a disk as `map` prints it.
+#[derive(Default)]
+#[allow(clippy::struct_excessive_bools, reason = "what is printed")]
 struct Seen {
     start: u64,
     length: u64,
@@ -249,7 +256,7 @@ fn map_json(extents: &[Seen]) -> String {
 
 /// The file in which an image has its data of this place.
 fn data_file(image: &Described, offset: u64) -> String {
-    let Described { name, info } = image;
+    let Described { name, info, .. } = image;
     let beside = |file: &str| beside(&info.filename, file).display().to_string();
     if let Some(file) = info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file.as_ref()) {
         return beside(file);
@@ -300,7 +307,7 @@ pub fn measure(arguments: &arguments::Measure) -> Outcome {
                 let info = terem_block::info_of_source(&named.source).map_err(|e| named.failed(&e))?;
                 if target.qcow2.version >= 3 {
                     let (size, cluster) = (info.virtual_size, target.qcow2.cluster_size);
-                    bitmaps = info.qcow2.map(|qcow2| bitmaps_size(&qcow2, size, cluster));
+                    bitmaps = info.qcow2.filter(|qcow2| qcow2.version >= 3).map(|qcow2| bitmaps_size(&qcow2, size, cluster));
                 }
             }
             target.size = None;

@@ -2,36 +2,15 @@
 
 use super::Failed;
 use serde::Serialize;
+use serde_json::Value;
 use terem_block::Format;
 
 /// A number of bytes: decimal or hexadecimal, perhaps with a fraction, and with a suffix of `bkKMGTPE`.
 pub fn size(text: &str) -> Result<u64, Failed> {
-    let wrong =
-        || Failed::new(format!("Invalid size '{text}'; it is a number with an optional suffix of bkKMGTPE"));
-    if let Some(digits) = text.strip_prefix("0x") {
-        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
-    }
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
-            let power = "bkmgtpe".find(suffix.to_ascii_lowercase()).ok_or_else(wrong)?;
-            (&text[..at], 10 * power)
-        }
-        _ => (text, 0),
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let unit = 1u128 << shift;
-    let whole = if whole.is_empty() && !fraction.is_empty() {
-        0
-    } else {
-        whole.parse::<u64>().map_err(|_| wrong())?
-    };
-    let mut bytes = u128::from(whole) * unit;
-    if !fraction.is_empty() {
-        let digits = &fraction[..fraction.len().min(18)];
-        let part: u64 = digits.parse().map_err(|_| wrong())?;
-        bytes += u128::from(part) * unit / 10u128.pow(u32::try_from(digits.len()).unwrap_or(0));
-    }
-    u64::try_from(bytes).ok().filter(|&bytes| i64::try_from(bytes).is_ok()).ok_or_else(wrong)
+    let bytes = terem_block::parse_size(text).ok().filter(|&bytes| i64::try_from(bytes).is_ok());
+    bytes.ok_or_else(|| {
+        Failed::new(format!("Invalid size '{text}'; it is a number with an optional suffix of bkKMGTPE"))
+    })
 }
 
 /// The items of `name=value,name=value`; a comma in a value is doubled. A name alone is `on`.
@@ -78,14 +57,90 @@ pub fn format_name(format: Format) -> &'static str {
     }
 }
 
+/// The order in which qemu-img prints the members of an object; the rest comes before them, in alphabetical order.
+const ORDER: [&str; 40] = [
+    "icount",
+    "vm-clock-nsec",
+    "name",
+    "date-sec",
+    "date-nsec",
+    "vm-clock-sec",
+    "id",
+    "vm-state-size",
+    "info",
+    "image-end-offset",
+    "total-clusters",
+    "check-errors",
+    "corruptions",
+    "leaks",
+    "corruptions-fixed",
+    "leaks-fixed",
+    "allocated-clusters",
+    "fragmented-clusters",
+    "compressed-clusters",
+    "children",
+    "snapshots",
+    "bitmaps",
+    "required",
+    "fully-allocated",
+    "backing-filename-format",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "type",
+    "format-specific",
+    "data",
+    "full-backing-filename",
+    "backing-filename",
+    "encrypted",
+    "compat",
+    "corrupt",
+    "extended-l2",
+    "dirty-flag",
+];
+
 /// JSON with an indentation of four, and a line's end.
 pub fn json(value: &impl Serialize) -> Result<String, Failed> {
-    let mut bytes = Vec::new();
-    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
-    value.serialize(&mut serializer).map_err(Failed::new)?;
-    bytes.push(b'\n');
-    String::from_utf8(bytes).map_err(Failed::new)
+    let value = serde_json::to_value(value).map_err(Failed::new)?;
+    let mut text = String::new();
+    print(&mut text, &value, 0);
+    Ok(text + "\n")
+}
+
+fn print(text: &mut String, value: &Value, depth: usize) {
+    let line = |text: &mut String, depth: usize| {
+        text.push('\n');
+        text.push_str(&"    ".repeat(depth));
+    };
+    match value {
+        Value::Array(items) => {
+            text.push('[');
+            for (i, item) in items.iter().enumerate() {
+                text.push_str(if i > 0 { "," } else { "" });
+                line(text, depth + 1);
+                print(text, item, depth + 1);
+            }
+            line(text, depth);
+            text.push(']');
+        }
+        Value::Object(map) => {
+            text.push('{');
+            let mut members: Vec<_> = map.iter().collect();
+            members.sort_by_key(|(name, _)| ORDER.iter().position(|known| known == name).map_or(0, |at| at + 1));
+            for (i, (name, item)) in members.into_iter().enumerate() {
+                text.push_str(if i > 0 { "," } else { "" });
+                line(text, depth + 1);
+                text.push_str(&Value::from(name.as_str()).to_string());
+                text.push_str(": ");
+                print(text, item, depth + 1);
+            }
+            line(text, depth);
+            text.push('}');
+        }
+        plain => text.push_str(&plain.to_string()),
+    }
 }
 
 /// A size as qemu-img prints it: three digits, `1 MiB`, `28.5 KiB`.
@@ -97,17 +152,23 @@ pub fn human(bytes: u64) -> String {
         unit += 1;
         divisor <<= 10;
     }
-    // Thousandths, rounded to three significant digits.
-    let thousandths = u128::from(bytes) * 1000 / divisor;
-    let step = match thousandths {
-        0..10_000 => 10,
-        10_000..100_000 => 100,
-        _ => 1000,
+    let whole = u128::from(bytes) / divisor;
+    let scale = match whole {
+        0..10 => 100,
+        10..100 => 10,
+        _ => 1,
     };
-    let rounded = (thousandths + step / 2) / step * step;
-    let (whole, fraction) = (rounded / 1000, rounded % 1000);
-    let number = if fraction == 0 { whole.to_string() } else { format!("{whole}.{fraction:03}") };
-    let number = if number.contains('.') { number.trim_end_matches('0') } else { &number };
+    // Rounded to three significant digits, a half to the even one, as C's printf does.
+    let scaled = u128::from(bytes) * scale;
+    let (floor, rest) = (scaled / divisor, scaled % divisor);
+    let up = rest * 2 > divisor || rest * 2 == divisor && floor % 2 == 1;
+    let rounded = floor + u128::from(up);
+    let (whole, fraction) = (rounded / scale, rounded % scale);
+    let number = match (scale, fraction) {
+        (_, 0) => whole.to_string(),
+        (10, fraction) => format!("{whole}.{fraction}"),
+        (_, fraction) => format!("{whole}.{fraction:02}").trim_end_matches('0').to_owned(),
+    };
     format!("{number} {}", UNITS[unit])
 }
 
@@ -136,7 +197,7 @@ mod tests {
     #[test]
     fn sizes_for_people() {
         for (bytes, text) in
-            [(0, "0 B"), (29184, "28.5 KiB"), (1 << 20, "1 MiB"), (197_120, "193 KiB"), (1000, "0.98 KiB")]
+            [(0, "0 B"), (29184, "28.5 KiB"), (1 << 20, "1 MiB"), (197_120, "192 KiB"), (328_192, "320 KiB"), (1234, "1.21 KiB"), (1000, "0.98 KiB")]
         {
             assert_eq!(human(bytes), text);
         }

@@ -377,8 +377,9 @@ impl<'a> Opening<'a> {
             (Below::AsWritten, None) | (Below::Nothing, _) => Ok(None),
             (Below::AsWritten, Some((name, format))) => self.open_backing(name, format).map(Some),
             (Below::Image(source), _) => {
-                let options =
-                    OpenOptions { read_only: true, aio: self.options.aio, ..source.options.clone() };
+                let lock = self.options.lock && source.options.lock;
+                let aio = self.options.aio;
+                let options = OpenOptions { read_only: true, lock, aio, ..source.options.clone() };
                 let below = &source.path;
                 open_node(self.engine, below, options.format, false, &options, self.seen)
                     .map(Some)

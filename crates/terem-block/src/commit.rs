@@ -8,8 +8,8 @@ use crate::executor::LocalFuture;
 use crate::file::to_usize;
 use crate::node::{Node, directory_of};
 use crate::{
-    BackingFile, BackingPolicy, Below, BlockBackend, Disk, Extent, ExtentKind, Format, IoError, Op, OpenError, OpenOptions,
-    Preallocation, Source, info, info_of_source, resize, set_backing,
+    BackingFile, BackingPolicy, Below, BlockBackend, Disk, Extent, ExtentKind, Format, IoError, Op,
+    OpenError, OpenOptions, Preallocation, Source, info, info_of_source, resize, set_backing,
 };
 use std::sync::Arc;
 use terem_memory::{AlignedBuffer, IoMemory};
@@ -178,7 +178,8 @@ fn keep_contents(
         None => None,
         Some(backing) => {
             let name = backing.path.to_string_lossy();
-            let Source { path, options } = backing_source(image, &name, Some(backing.format.name()), options)?;
+            let Source { path, options } =
+                backing_source(image, &name, Some(backing.format.name()), options)?;
             let disk = Disk::open(&path, &OpenOptions { read_only: true, ..options })?;
             Some((path, disk))
         }
@@ -197,7 +198,8 @@ fn keep_contents(
         Ok(bytes)
     };
     let fail = |e| request(image, "writing what differs", e);
-    let packer = disk.with_node(|node| Box::pin(async move { Ok(node.image().compression()) })).map_err(fail)?;
+    let packer =
+        disk.with_node(|node| Box::pin(async move { Ok(node.image().compression()) })).map_err(fail)?;
     if compress && packer.is_none() {
         return Err(OpenError::Unsupported {
             path: image.to_owned(),

@@ -213,7 +213,9 @@ pub fn change_slots(
     change(path.as_ref(), options.format, |luks, area| match change_to {
         SlotChange::Use { known, new, force } => {
             let (key, _) = luks.unlock(area, known, None, Limits::default())?;
-            let taken = options.slot.filter(|slot| force && luks.info().is_ok_and(|info| info.slots.iter().any(|s| s.slot == *slot)));
+            let taken = options.slot.filter(|slot| {
+                force && luks.info().is_ok_and(|info| info.slots.iter().any(|s| s.slot == *slot))
+            });
             if let Some(slot) = taken {
                 // A second one first, so that there is always one that opens the image.
                 let spare = luks.add_key(area, &key, new, None, options.cost)?;

@@ -281,6 +281,9 @@ fn filename(tree: &mut Tree) -> Result<PathBuf, Refused> {
 
 /// The branch `file` of a node with a format: a file, an address, or a part of a file.
 fn file(tree: &mut Tree, base: &OpenOptions, depth: usize) -> Result<Source, Refused> {
+    if depth > MAX_DEPTH {
+        return Err("it is nested too deeply".into());
+    }
     if let Some(node) = tree.take("file") {
         return Err(format!("Cannot find device='' nor node-name='{node}'").into());
     }
@@ -355,7 +358,8 @@ fn format_node(tree: &mut Tree, format: Format, mut source: Source, depth: usize
         }
         _ => None,
     };
-    if let Some(id) = key {
+    // Who wants no data needs no passphrase.
+    if let Some(id) = key.filter(|_| !source.options.keys.is_locked()) {
         let passphrase = secret(&source.options.keys, &id)?;
         source.options.keys.set(source.path.clone(), passphrase);
     }

@@ -14,34 +14,58 @@ const IMAGES: &[(&str, &[&str])] = &[
     ("v2", &["I create -q -f qcow2 -o compat=v2 v2 3M", "W qcow2 v2 write -P 7 1M 300k"]),
     ("c512", &["I create -q -f qcow2 -o cluster_size=512 c512 1M", "W qcow2 c512 write -P 7 100k 30k"]),
     ("c2m", &["I create -q -f qcow2 -o cluster_size=2M c2m 9M", "W qcow2 c2m write -P 7 5M 300k"]),
-    ("subclusters", &[
-        "I create -q -f qcow2 -o extended_l2=on,cluster_size=128k subclusters 3M",
-        "W qcow2 subclusters write -P 7 1028k 12k",
-        "W qcow2 subclusters write -z 2M 100k",
-    ]),
+    (
+        "subclusters",
+        &[
+            "I create -q -f qcow2 -o extended_l2=on,cluster_size=128k subclusters 3M",
+            "W qcow2 subclusters write -P 7 1028k 12k",
+            "W qcow2 subclusters write -z 2M 100k",
+        ],
+    ),
     ("packed", &["I convert -c -O qcow2 plain.qcow2 packed"]),
     ("zstd", &["I convert -c -O qcow2 -o compression_type=zstd plain.qcow2 zstd"]),
-    ("refcounts1", &["I create -q -f qcow2 -o refcount_bits=1 refcounts1 3M", "W qcow2 refcounts1 write 0 1M"]),
+    (
+        "refcounts1",
+        &["I create -q -f qcow2 -o refcount_bits=1 refcounts1 3M", "W qcow2 refcounts1 write 0 1M"],
+    ),
     ("refcounts64", &["I create -q -f qcow2 -o refcount_bits=64,lazy_refcounts=on refcounts64 3M"]),
-    ("metadata", &["I create -q -f qcow2 -o preallocation=metadata metadata 3M", "W qcow2 metadata write 1M 64k"]),
+    (
+        "metadata",
+        &["I create -q -f qcow2 -o preallocation=metadata metadata 3M", "W qcow2 metadata write 1M 64k"],
+    ),
     ("falloc", &["I create -q -f qcow2 -o preallocation=falloc falloc 3M"]),
     ("full", &["I create -q -f qcow2 -o preallocation=full full 3M"]),
     ("data", &["I create -q -f qcow2 -o data_file=data.raw data 3M", "W qcow2 data write -P 7 1M 300k"]),
-    ("data2", &["I create -q -f qcow2 -o data_file=data2.raw,data_file_raw=on data2 3M", "W qcow2 data2 write 1M 3k"]),
-    ("snapshots", &[
-        "I create -q -f qcow2 snapshots 3M",
-        "W qcow2 snapshots write -P 1 0 1M",
-        "I snapshot -c one snapshots",
-        "W qcow2 snapshots write -P 2 0 64k",
-        "I snapshot -c two snapshots",
-    ]),
-    ("bitmaps", &[
-        "I create -q -f qcow2 bitmaps 3M",
-        "I bitmap --add bitmaps b1",
-        "I bitmap --add --disable -g 4k bitmaps b2",
-        "W qcow2 bitmaps write -P 1 0 1M",
-    ]),
-    ("middle", &["I create -q -f qcow2 -b plain.qcow2 -F qcow2 middle", "W qcow2 middle write -P 9 1200k 100k"]),
+    (
+        "data2",
+        &[
+            "I create -q -f qcow2 -o data_file=data2.raw,data_file_raw=on data2 3M",
+            "W qcow2 data2 write 1M 3k",
+        ],
+    ),
+    (
+        "snapshots",
+        &[
+            "I create -q -f qcow2 snapshots 3M",
+            "W qcow2 snapshots write -P 1 0 1M",
+            "I snapshot -c one snapshots",
+            "W qcow2 snapshots write -P 2 0 64k",
+            "I snapshot -c two snapshots",
+        ],
+    ),
+    (
+        "bitmaps",
+        &[
+            "I create -q -f qcow2 bitmaps 3M",
+            "I bitmap --add bitmaps b1",
+            "I bitmap --add --disable -g 4k bitmaps b2",
+            "W qcow2 bitmaps write -P 1 0 1M",
+        ],
+    ),
+    (
+        "middle",
+        &["I create -q -f qcow2 -b plain.qcow2 -F qcow2 middle", "W qcow2 middle write -P 9 1200k 100k"],
+    ),
     ("top", &["I create -q -f qcow2 -b middle -F qcow2 top 5M", "W qcow2 top write -z 1M 64k"]),
     ("over-raw", &["I create -q -f qcow2 -b raw -F raw over-raw"]),
     ("vdi", &["I convert -O vdi plain.qcow2 vdi"]),
@@ -57,17 +81,24 @@ const IMAGES: &[(&str, &[&str])] = &[
     ("parent.vmdk", &["I create -q -f vmdk parent.vmdk 4M"]),
     ("child.vmdk", &["I create -q -f vmdk -b parent.vmdk -F vmdk child.vmdk"]),
     ("luks", &["I create -q -f luks --object secret,id=s,data=pass -o key-secret=s,iter-time=10 luks 3M"]),
-    ("luks-cbc", &[
-        "I create -q -f luks --object secret,id=s,data=pass -o key-secret=s,iter-time=10,cipher-alg=aes-128,\
+    (
+        "luks-cbc",
+        &[
+            "I create -q -f luks --object secret,id=s,data=pass -o key-secret=s,iter-time=10,cipher-alg=aes-128,\
          cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1 luks-cbc 3M",
-    ]),
-    ("encrypted", &[
-        "I create -q -f qcow2 --object secret,id=s,data=pass -o encrypt.format=luks,encrypt.key-secret=s,\
-         encrypt.iter-time=10 encrypted 3M",
-    ]),
-    ("aes", &[
-        "I create -q -f qcow2 --object secret,id=s,data=pass -o encrypt.format=aes,encrypt.key-secret=s aes 3M",
-    ]),
+        ],
+    ),
+    (
+        "encrypted",
+        &["I create -q -f qcow2 --object secret,id=s,data=pass -o encrypt.format=luks,encrypt.key-secret=s,\
+         encrypt.iter-time=10 encrypted 3M"],
+    ),
+    (
+        "aes",
+        &[
+            "I create -q -f qcow2 --object secret,id=s,data=pass -o encrypt.format=aes,encrypt.key-secret=s aes 3M",
+        ],
+    ),
 ];
 
 /// What is asked of each image; `X` is its name.
@@ -189,7 +220,13 @@ impl Images {
         let (a, b) = (text(&theirs), text(&ours));
         if theirs.status.code() != ours.status.code() {
             let why = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
-            return Some(format!("exit {:?}: {}, ours {:?}: {}", theirs.status.code(), why(&theirs), ours.status.code(), why(&ours)));
+            return Some(format!(
+                "exit {:?}: {}, ours {:?}: {}",
+                theirs.status.code(),
+                why(&theirs),
+                ours.status.code(),
+                why(&ours)
+            ));
         }
         let json = words.contains(&"--output=json") && theirs.status.success();
         let same = if json { parsed(&a) == parsed(&b) } else { a == b };
@@ -202,7 +239,9 @@ fn parsed(text: &str) -> Value {
     fn unfold(value: &mut Value) {
         match value {
             Value::String(text) => {
-                if let Some(inner) = text.strip_prefix("json:").and_then(|text| serde_json::from_str(text).ok()) {
+                if let Some(inner) =
+                    text.strip_prefix("json:").and_then(|text| serde_json::from_str(text).ok())
+                {
                     *value = inner;
                     strings(value);
                 }
@@ -255,7 +294,9 @@ fn every_image_is_described_as_qemu_does() {
         }
         // QEMU wants a passphrase for that.
         if !matches!(*name, "encrypted" | "aes" | "luks" | "luks-cbc") {
-            different.extend(images.ask(&["check", "--output=json", name]).map(|how| format!("check {name}\n{how}")));
+            different.extend(
+                images.ask(&["check", "--output=json", name]).map(|how| format!("check {name}\n{how}")),
+            );
         }
     }
     for question in MORE {

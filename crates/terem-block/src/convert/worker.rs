@@ -229,7 +229,9 @@ impl<'a> Worker<'a> {
             let at = offset + (i * SECTOR) as u64;
             if let Err(error) = self.read_by_request(at, sector) {
                 sector.fill(0);
-                (self.copying.options.warn)(&format!("error while reading offset {at}: {error}; it is zeroes in the copy"));
+                (self.copying.options.warn)(&format!(
+                    "error while reading offset {at}: {error}; it is zeroes in the copy"
+                ));
             }
         }
         Ok(())
@@ -259,7 +261,8 @@ impl<'a> Worker<'a> {
                 let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
                 if extents().all(|extent| target.skips(extent)) {
                     Kind::Skipped
-                } else if target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit])) {
+                } else if target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit]))
+                {
                     Kind::Zero
                 } else {
                     Kind::Data

@@ -195,7 +195,10 @@ impl Header {
             (None | Some(0), false) => Compression::Zlib,
             (Some(1), true) => Compression::Zstd,
             (Some(0 | 1), _) => {
-                return Err(OpenError::corrupt(image.path(), "its compression type and its feature bit disagree"));
+                return Err(OpenError::corrupt(
+                    image.path(),
+                    "its compression type and its feature bit disagree",
+                ));
             }
             (other, _) => return Err(unsupported(image, format!("compression type {other:?}"), CONVERT)),
         };

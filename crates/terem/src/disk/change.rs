@@ -7,9 +7,9 @@ use super::{failed, tool_options};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::{print, print_json};
-use terem_block::{CommitOptions, 
-    BackingFile, BitmapAction, OpenOptions, Preallocation, Qcow2Info, Rebase, SnapshotAction, bitmap,
-    snapshot,
+use terem_block::{
+    BackingFile, BitmapAction, CommitOptions, OpenOptions, Preallocation, Qcow2Info, Rebase, SnapshotAction,
+    bitmap, snapshot,
 };
 use terem_config::ByteSize;
 

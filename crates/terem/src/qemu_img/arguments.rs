@@ -132,6 +132,24 @@ pub struct Bitmap {
     pub source_format: Option<String>,
     pub filename: String,
     pub bitmap: String,
+    /// What is to be done, in the order of the command line.
+    #[arg(skip)]
+    pub order: Vec<&'static str>,
+}
+
+impl Bitmap {
+    /// Takes down the order of what was given.
+    pub fn read_order(&mut self, matches: &clap::ArgMatches) {
+        let given = |name| {
+            let there = matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine);
+            let indices = matches.indices_of(name).into_iter().flatten();
+            indices.filter(move |_| there).map(move |index| (index, name))
+        };
+        let mut order: Vec<(usize, &'static str)> =
+            ["add", "remove", "clear", "enable", "disable", "merge"].into_iter().flat_map(given).collect();
+        order.sort_unstable();
+        self.order = order.into_iter().map(|(_, name)| name).collect();
+    }
 }
 
 #[derive(Debug, Args)]

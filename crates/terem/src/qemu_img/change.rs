@@ -180,7 +180,8 @@ fn formatted(path: &str, target: &CreateOptions, items: &[(String, String)]) -> 
         let compat = given("compat").map_or_else(String::new, |compat| format!(" compat={compat}"));
         let _ = write!(text, "{compat} lazy_refcounts={lazy} refcount_bits={bits}");
     } else {
-        for (name, value) in items.iter().filter(|(name, _)| name != "size" && !name.starts_with("backing_")) {
+        for (name, value) in items.iter().filter(|(name, _)| name != "size" && !name.starts_with("backing_"))
+        {
             let _ = write!(text, " {name}={value}");
         }
     }
@@ -189,21 +190,29 @@ fn formatted(path: &str, target: &CreateOptions, items: &[(String, String)]) -> 
 
 pub fn amend(arguments: &arguments::Amend) -> Outcome {
     let items = option_items(&arguments.options)?;
+    let amendable = |format| match format {
+        Format::Qcow2 | Format::Luks => Ok(()),
+        other => {
+            let name = format_name(other);
+            Err(Failed::new(format!("Format driver '{name}' does not support option amendment")))
+        }
+    };
     if items.iter().any(|(name, _)| matches!(name.as_str(), "help" | "?")) {
-        out("Amend options: compat, lazy_refcounts, refcount_bits, size, backing_file, backing_fmt, data_file, \
-             data_file_raw; of encrypted images state, new-secret, old-secret, keyslot, iter-time\n");
+        maybe_format(arguments.common.format.as_ref())?.map_or(Ok(()), amendable)?;
+        out(
+            "Amend options: compat, lazy_refcounts, refcount_bits, size, backing_file, backing_fmt, data_file, \
+             data_file_raw; of encrypted images state, new-secret, old-secret, keyslot, iter-time\n",
+        );
         return Ok(0);
     }
-    let filename = arguments.filename.as_deref().ok_or_else(|| Failed::new("Expecting one image file name"))?;
+    let filename =
+        arguments.filename.as_deref().ok_or_else(|| Failed::new("Expecting one image file name"))?;
     cache(arguments.cache.as_ref())?;
     let keys = objects::keys(&arguments.common.object)?;
     let named = Named::new(filename, &arguments.common)?;
     let path = named.whole()?;
     let info = terem_block::info(path, named.format()).map_err(|error| named.failed(&error))?;
-    if !matches!(info.format, Format::Qcow2 | Format::Luks) {
-        let name = format_name(info.format);
-        return Err(Failed::new(format!("Format driver '{name}' does not support option amendment")));
-    }
+    amendable(info.format)?;
     let mut changes = Amend::default();
     let on = |value: &str| match value {
         "on" => Ok(true),
@@ -235,7 +244,9 @@ pub fn amend(arguments: &arguments::Amend) -> Outcome {
             "data_file" => {
                 // Only where the data are is changed, not whether they are elsewhere.
                 if info.qcow2.as_ref().is_none_or(|qcow2| qcow2.data_file.is_none()) {
-                    return Err(Failed::new("data-file can only be set for images that use an external data file"));
+                    return Err(Failed::new(
+                        "data-file can only be set for images that use an external data file",
+                    ));
                 }
                 changes.data_file = Some(value);
             }
@@ -271,31 +282,37 @@ pub fn bitmap(arguments: &arguments::Bitmap) -> Outcome {
     let named = Named::new(&arguments.filename, &arguments.common)?;
     let path = named.whole()?;
     let granularity = arguments.granularity.as_deref().map(size).transpose()?;
-    let mut actions = Vec::new();
-    if arguments.add {
-        // As QEMU: the cluster size, within bounds.
-        let default = || {
-            let info = terem_block::info(path, named.format()).ok();
-            let cluster = info.and_then(|info| info.qcow2).map_or(65536, |qcow2| qcow2.cluster_size);
-            cluster.clamp(4096, 65536)
-        };
-        let granularity = granularity.unwrap_or_else(default);
-        actions.push(BitmapAction::Add { granularity, enabled: !arguments.disable });
-    } else if granularity.is_some() {
+    // As QEMU: the cluster size, within bounds.
+    let default = || {
+        let info = terem_block::info(path, named.format()).ok();
+        let cluster = info.and_then(|info| info.qcow2).map_or(65536, |qcow2| qcow2.cluster_size);
+        cluster.clamp(4096, 65536)
+    };
+    if granularity.is_some() && !arguments.add {
         return Err(Failed::new("granularity only supported with --add"));
     }
-    for (set, action) in [
-        (arguments.remove, BitmapAction::Remove),
-        (arguments.clear, BitmapAction::Clear),
-        (arguments.enable, BitmapAction::Enable),
-        (arguments.disable && !arguments.add, BitmapAction::Disable),
-    ] {
-        if set {
-            actions.push(action);
-        }
-    }
     let source = arguments.source_file.as_deref();
-    actions.extend(arguments.merge.iter().map(|bitmap| BitmapAction::Merge { image: source, bitmap }));
+    let mut merged = arguments.merge.iter();
+    let mut actions = Vec::new();
+    // In the order in which they were given.
+    for action in &arguments.order {
+        actions.push(match *action {
+            "add" => BitmapAction::Add {
+                granularity: granularity.unwrap_or_else(default),
+                enabled: !arguments.disable,
+            },
+            "remove" => BitmapAction::Remove,
+            "clear" => BitmapAction::Clear,
+            "enable" => BitmapAction::Enable,
+            // One that is added is added so.
+            "disable" if arguments.add => continue,
+            "disable" => BitmapAction::Disable,
+            _ => match merged.next() {
+                Some(bitmap) => BitmapAction::Merge { image: source, bitmap },
+                None => continue,
+            },
+        });
+    }
     if actions.is_empty() {
         return Err(Failed::new(
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
@@ -304,17 +321,15 @@ pub fn bitmap(arguments: &arguments::Bitmap) -> Outcome {
     if source.is_some() && arguments.merge.is_empty() {
         return Err(Failed::new("Merge bitmap source file only supported with --merge"));
     }
-    terem_block::bitmap(path, named.format(), &arguments.bitmap, &actions).map_err(|error| {
-        match error {
-            OpenError::NoSuch { name, .. } => {
-                let verb = bitmap_verb(&actions);
-                let bitmap = &arguments.bitmap;
-                Failed::new(format!(
-                    "Operation {verb} on bitmap {bitmap} failed: Dirty bitmap '{name}' not found"
-                ))
-            }
-            error => Failed::new(format!("Operation on bitmap {} failed: {error}", arguments.bitmap)),
+    terem_block::bitmap(path, named.format(), &arguments.bitmap, &actions).map_err(|error| match error {
+        OpenError::NoSuch { name, .. } => {
+            let verb = bitmap_verb(&actions);
+            let bitmap = &arguments.bitmap;
+            Failed::new(format!(
+                "Operation {verb} on bitmap {bitmap} failed: Dirty bitmap '{name}' not found"
+            ))
         }
+        error => Failed::new(format!("Operation on bitmap {} failed: {error}", arguments.bitmap)),
     })?;
     Ok(0)
 }
@@ -351,15 +366,11 @@ pub fn commit(arguments: &arguments::Commit) -> Outcome {
 }
 
 pub fn rebase(arguments: &arguments::Rebase) -> Outcome {
-    if arguments.backing_unsafe && arguments.compress {
-        return Err(Failed::new("Cannot use --compress (-c) with -u"));
-    }
     let named = Named::new(&arguments.filename, &arguments.common)?;
     let path = named.whole()?;
     let name = arguments.backing.as_deref();
-    let name = name.ok_or_else(|| {
-        Failed::new("Must specify backing file (-b) or use simple rebase mode (-u)")
-    });
+    let name =
+        name.ok_or_else(|| Failed::new("Must specify backing file (-b) or use simple rebase mode (-u)"));
     let name = if arguments.backing_unsafe { name.unwrap_or_default() } else { name? };
     let backing = new_backing(name, arguments.backing_format.as_ref())?;
     cache(arguments.backing_cache.as_ref())?;
@@ -367,7 +378,8 @@ pub fn rebase(arguments: &arguments::Rebase) -> Outcome {
         true => Rebase::Unsafe,
         false => Rebase::Safe { compress: arguments.compress },
     };
-    let open = OpenOptions { cache: cache(arguments.cache.as_ref())?.0, lock: true, ..named.options().clone() };
+    let open =
+        OpenOptions { cache: cache(arguments.cache.as_ref())?.0, lock: true, ..named.options().clone() };
     let progress = Progress::start();
     let show = arguments.progress && !arguments.common.quiet;
     let mut tell = |done, total| progress.tell_plainly(show, done, total);
@@ -391,6 +403,9 @@ pub fn resize(arguments: &arguments::Resize) -> Outcome {
         (_, Some(less)) => now.virtual_size.checked_sub(size(less)?),
         _ => Some(size(&arguments.size)?),
     };
+    if now.format == Format::Raw && preallocation == Preallocation::Metadata {
+        return Err(Failed::new("Unsupported preallocation mode: metadata"));
+    }
     let new = new.filter(|&new| new > 0).ok_or_else(|| Failed::new("New image size must be positive"))?;
     if new < now.virtual_size && !arguments.shrink {
         return Err(Failed::new(

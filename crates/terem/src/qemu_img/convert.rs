@@ -57,7 +57,9 @@ fn sparse_and_parallel(arguments: &arguments::Convert) -> Result<(u64, Option<us
     let parallel = arguments.parallel.as_deref().map(|text| {
         let number = text.parse().ok().filter(|n| (1..=MAX_PARALLEL).contains(n));
         number.and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
-            Failed::new(format!("Invalid number of coroutines specified. Must be between 1 and {MAX_PARALLEL}."))
+            Failed::new(format!(
+                "Invalid number of coroutines specified. Must be between 1 and {MAX_PARALLEL}."
+            ))
         })
     });
     Ok((sparse, parallel.transpose()?))
@@ -67,7 +69,12 @@ fn sparse_and_parallel(arguments: &arguments::Convert) -> Result<(u64, Option<us
 fn existing(arguments: &arguments::Convert, naming: &Naming<'_>, target: &str) -> Result<Named, Failed> {
     let named = Named::parse(
         target,
-        &Naming { image_opts: arguments.target_image_opts, force_share: false, format: arguments.target_format.as_ref(), ..*naming },
+        &Naming {
+            image_opts: arguments.target_image_opts,
+            force_share: false,
+            format: arguments.target_format.as_ref(),
+            ..*naming
+        },
     )?;
     if named.options().format.is_none() && !arguments.target_image_opts {
         let named = Named { source: with_format(named.source, Format::Raw), ..named };
@@ -117,7 +124,12 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
         terem_block::Disk::open(named.path(), open).map_err(|error| named.failed(&error))?;
     }
 
-    let new = New { format: format_of(target_format)?, backing: arguments.backing.clone(), backing_format: arguments.backing_format.clone(), keys: &keys };
+    let new = New {
+        format: format_of(target_format)?,
+        backing: arguments.backing.clone(),
+        backing_format: arguments.backing_format.clone(),
+        keys: &keys,
+    };
     let (mut create, backing) = new.read(&options)?;
     let path = PathBuf::from(target.strip_prefix("file:").unwrap_or(target));
     if let Some((name, format)) = backing {
@@ -127,9 +139,12 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
             ));
         }
         if arguments.target_is_zero {
-            return Err(Failed::new("Cannot use --target-is-zero when the destination image has a backing file"));
+            return Err(Failed::new(
+                "Cannot use --target-is-zero when the destination image has a backing file",
+            ));
         }
-        let format = format.ok_or_else(|| Failed::new("Use of backing file requires explicit backing format"))?;
+        let format =
+            format.ok_or_else(|| Failed::new("Use of backing file requires explicit backing format"))?;
         create.backing = Some(terem_block::BackingFile { path: name, format: format_of(&format)? });
     }
     check_compression(arguments, &create)?;
@@ -165,7 +180,8 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
         let named = existing(arguments, &naming, target)?;
         create.format = named.options().format.unwrap_or(create.format);
         path = named.path().to_owned();
-        let open = OpenOptions { cache: target_cache, backing: BackingPolicy::Any, ..named.options().clone() };
+        let open =
+            OpenOptions { cache: target_cache, backing: BackingPolicy::Any, ..named.options().clone() };
         let disk = terem_block::Disk::open(&path, &open).map_err(|error| named.failed(&error))?;
         create.format = disk.facts().format;
         drop(disk);

@@ -5,8 +5,8 @@ use super::{Failed, Named, Naming, Outcome, arguments, format_of, objects, out};
 use crate::disk::Progress;
 use std::sync::Arc;
 use terem_block::{
-    AlignedBuffer, BenchOptions, BlockBackend, Cache, Comparison, CreateOptions, Difference, Disk, IoMemory, Op,
-    OpenOptions,
+    AlignedBuffer, BenchOptions, BlockBackend, Cache, Comparison, CreateOptions, Difference, Disk, IoMemory,
+    Op, OpenOptions,
 };
 
 /// A cache mode by QEMU's name: the mode, and whether flushes matter.
@@ -88,8 +88,7 @@ pub fn compare(arguments: &arguments::Compare) -> Outcome {
     }
     let progress = Progress::start();
     let mut tell = |done, total| progress.tell_plainly(arguments.progress, done, total);
-    let (open_a, open_b) =
-        (OpenOptions { cache, ..a.read_only() }, OpenOptions { cache, ..b.read_only() });
+    let (open_a, open_b) = (OpenOptions { cache, ..a.read_only() }, OpenOptions { cache, ..b.read_only() });
     let result = terem_block::compare(a.path(), &open_a, b.path(), &open_b, arguments.strict, &mut tell);
     drop(progress);
     let found = result.map_err(|error| Failed::from(error).code(3))?;
@@ -117,6 +116,11 @@ pub fn compare(arguments: &arguments::Compare) -> Outcome {
 
 pub fn bench(arguments: &arguments::Bench) -> Outcome {
     let named = Named::new(&arguments.filename, &arguments.common)?;
+    if let Some(aio) =
+        arguments.aio.as_deref().filter(|aio| !matches!(*aio, "threads" | "native" | "io_uring"))
+    {
+        return Err(Failed::new(format!("Invalid aio option: {aio}")));
+    }
     let buffer = size(&arguments.buffer_size)?;
     let (count, depth) = (size(&arguments.count)?, size(&arguments.depth)?);
     let step = match size(&arguments.step_size)? {

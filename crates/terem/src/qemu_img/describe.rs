@@ -2,17 +2,20 @@
 
 use super::facts::{format_specific, people};
 use super::text::{format_name, human, json};
-use super::{Failed, Named, Outcome, arguments, change, is_json, out};
+use super::{Failed, Named, Naming, Outcome, arguments, change, is_json, objects, out};
 use serde_json::{Map, Value, json as value};
 use std::fmt::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use terem_block::{
-    BackingPolicy, Below, Disk, FilePart, Format, ImageInfo, OpenOptions, SnapshotInfo, Source, beside, is_address,
+    BackingPolicy, Below, Disk, FilePart, Format, ImageInfo, Keys, OpenOptions, SnapshotInfo, Source, beside,
+    is_address,
 };
 
 pub fn info(arguments: &arguments::Info) -> Outcome {
-    let named = Named::new(&arguments.filename, &arguments.common)?;
+    // Nothing of what is in an image is told, so no passphrase is wanted for it; secrets that are given must be good.
+    objects::keys(&arguments.common.object)?;
+    let named = Named::parse(&arguments.filename, &Naming::of(&arguments.common, &Keys::locked()))?;
     let as_json = is_json(&arguments.output)?;
     let infos = if arguments.backing_chain { chain(&named)? } else { vec![top(&named)?] };
     let text = match (as_json, arguments.backing_chain) {
@@ -107,7 +110,7 @@ pub fn chain(named: &Named) -> Result<Vec<Described>, Failed> {
     }
     if infos.len() > 1 {
         // A chain that leads back to itself has been refused by nobody so far.
-        let open = OpenOptions { lock: false, keys: terem_block::Keys::locked(), ..named.read_only() };
+        let open = OpenOptions { lock: false, keys: Keys::locked(), ..named.read_only() };
         Disk::open(named.path(), &open).map_err(|error| named.failed(&error))?;
     }
     Ok(infos)
@@ -141,7 +144,7 @@ fn describe(described: &Described) -> Value {
         put("cluster-size", size.into());
     }
     if let Some((name, format)) = backing(info) {
-        put("full-backing-filename", value!(beside(&info.filename, &name)));
+        put("full-backing-filename", value!(beside(Path::new(&described.name), &name)));
         put("backing-filename", name.into());
         if let Some(format) = format {
             put("backing-filename-format", format.into());
@@ -183,9 +186,7 @@ fn children(info: &ImageInfo) -> Vec<(String, PathBuf)> {
             children.push((format!("extents.{i}"), beside(&info.filename, &extent.filename)));
         }
     }
-    if let Some(name) = info.qcow2.as_ref().and_then(|qcow2| qcow2.data_file.as_ref()) {
-        children.push(("data-file".to_owned(), beside(&info.filename, name)));
-    }
+    // QEMU does not open a data file for this.
     children.push(("file".to_owned(), info.filename.clone()));
     children
 }
@@ -265,7 +266,7 @@ fn for_people(described: &Described) -> String {
         text += "cleanly shut down: no\n";
     }
     if let Some((backing, format)) = backing(info) {
-        let full = beside(&info.filename, &backing);
+        let full = beside(Path::new(name), &backing);
         let _ = write!(text, "backing file: {backing}");
         let _ = if full == Path::new(&backing) {
             writeln!(text)

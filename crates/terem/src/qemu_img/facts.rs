@@ -106,7 +106,8 @@ fn vmdk_facts(vmdk: &VmdkInfo, described: &Described) -> Value {
                 false => beside(&described.info.filename, &extent.filename),
             };
             let format = if own { "" } else { &extent.format };
-            let mut facts = value!({ "virtual-size": extent.virtual_size, "filename": file, "format": format });
+            let mut facts =
+                value!({ "virtual-size": extent.virtual_size, "filename": file, "format": format });
             if let Some(size) = extent.cluster_size {
                 facts["cluster-size"] = size.into();
             }

@@ -74,9 +74,7 @@ impl Slots {
             None => return Err(Failed::new("Parameter 'state' is missing")),
             Some(true) => {
                 let new = self.new_secret.as_deref();
-                let new = new.ok_or_else(|| {
-                    Failed::new("'new-secret' is required to activate a keyslot")
-                })?;
+                let new = new.ok_or_else(|| Failed::new("'new-secret' is required to activate a keyslot"))?;
                 let known = match &self.old_secret {
                     Some(id) => secret(id)?,
                     None => opened,
@@ -93,7 +91,9 @@ impl Slots {
                 (Some(id), _) => SlotChange::DestroyAll(secret(id)?),
                 (None, Some(_)) => SlotChange::Destroy,
                 (None, None) => {
-                    return Err(Failed::new("To erase keyslot(s), either 'keyslot' or 'old-secret' must be given"));
+                    return Err(Failed::new(
+                        "To erase keyslot(s), either 'keyslot' or 'old-secret' must be given",
+                    ));
                 }
             },
         };

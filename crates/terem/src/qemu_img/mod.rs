@@ -69,7 +69,15 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let command = <Arguments as clap::CommandFactory>::command();
     let command = command.mut_subcommands(|command| command.infer_long_args(true).args_override_self(true));
     let parsed = command.try_get_matches_from(arguments);
-    let parsed = match parsed.and_then(|matches| Arguments::from_arg_matches(&matches)) {
+    let parsed = parsed.and_then(|matches| {
+        let mut arguments = Arguments::from_arg_matches(&matches)?;
+        if let (Command::Bitmap(bitmap), Some((_, matches))) = (&mut arguments.command, matches.subcommand())
+        {
+            bitmap.read_order(matches);
+        }
+        Ok(arguments)
+    });
+    let parsed = match parsed {
         Ok(parsed) => parsed,
         Err(error) => {
             let named = error.get(clap::error::ContextKind::InvalidSubcommand);
@@ -141,16 +149,18 @@ struct Naming<'a> {
     keys: &'a Keys,
 }
 
+impl<'a> Naming<'a> {
+    /// What the options of most commands say.
+    fn of(common: &'a Common, keys: &'a Keys) -> Self {
+        let Common { format, image_opts, force_share, .. } = common;
+        Self { format: format.as_ref(), image_opts: *image_opts, force_share: *force_share, keys }
+    }
+}
+
 impl Named {
     fn new(filename: &str, common: &Common) -> Result<Self, Failed> {
         let keys = objects::keys(&common.object)?;
-        let naming = Naming {
-            format: common.format.as_ref(),
-            image_opts: common.image_opts,
-            force_share: common.force_share,
-            keys: &keys,
-        };
-        Self::parse(filename, &naming)
+        Self::parse(filename, &Naming::of(common, &keys))
     }
 
     fn parse(filename: &str, naming: &Naming<'_>) -> Result<Self, Failed> {

@@ -59,7 +59,9 @@ fn parse(text: &str) -> Result<BTreeMap<String, String>, Failed> {
 /// A passphrase: `data` itself or what is in `file`, as it is or in Base64.
 fn secret(object: &mut BTreeMap<String, String>) -> Result<Passphrase, Failed> {
     if object.contains_key("keyid") {
-        return Err(Failed::new("secret: 'keyid', a secret that is encrypted with another one, is not supported"));
+        return Err(Failed::new(
+            "secret: 'keyid', a secret that is encrypted with another one, is not supported",
+        ));
     }
     let bytes = match (object.remove("data"), object.remove("file")) {
         (Some(data), None) => Passphrase::new(data.into_bytes()),

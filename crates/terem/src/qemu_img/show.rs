@@ -291,7 +291,9 @@ pub fn measure(arguments: &arguments::Measure) -> Outcome {
     let new = New { format, backing: None, backing_format: None, keys: &keys };
     let (mut target, backing) = new.read(&items)?;
     let encrypted = format == Format::Luks || target.qcow2.encrypted;
-    if encrypted && !items.iter().any(|(name, _)| matches!(name.as_str(), "key-secret" | "encrypt.key-secret")) {
+    if encrypted
+        && !items.iter().any(|(name, _)| matches!(name.as_str(), "key-secret" | "encrypt.key-secret"))
+    {
         return no("Parameter 'key-secret' is required for cipher");
     }
     // Which one it would be makes no difference.
@@ -307,7 +309,10 @@ pub fn measure(arguments: &arguments::Measure) -> Outcome {
                 let info = terem_block::info_of_source(&named.source).map_err(|e| named.failed(&e))?;
                 if target.qcow2.version >= 3 {
                     let (size, cluster) = (info.virtual_size, target.qcow2.cluster_size);
-                    bitmaps = info.qcow2.filter(|qcow2| qcow2.version >= 3).map(|qcow2| bitmaps_size(&qcow2, size, cluster));
+                    bitmaps = info
+                        .qcow2
+                        .filter(|qcow2| qcow2.version >= 3)
+                        .map(|qcow2| bitmaps_size(&qcow2, size, cluster));
                 }
             }
             target.size = None;

@@ -58,7 +58,7 @@ pub fn format_name(format: Format) -> &'static str {
 }
 
 /// The order in which qemu-img prints the members of an object; the rest comes before them, in alphabetical order.
-const ORDER: [&str; 40] = [
+const ORDER: [&str; 46] = [
     "icount",
     "vm-clock-nsec",
     "name",
@@ -96,6 +96,12 @@ const ORDER: [&str; 40] = [
     "backing-filename",
     "encrypted",
     "compat",
+    "compression-type",
+    "lazy-refcounts",
+    "refcount-bits",
+    "encrypt",
+    "data-file",
+    "data-file-raw",
     "corrupt",
     "extended-l2",
     "dirty-flag",
@@ -128,7 +134,8 @@ fn print(text: &mut String, value: &Value, depth: usize) {
         Value::Object(map) => {
             text.push('{');
             let mut members: Vec<_> = map.iter().collect();
-            members.sort_by_key(|(name, _)| ORDER.iter().position(|known| known == name).map_or(0, |at| at + 1));
+            members
+                .sort_by_key(|(name, _)| ORDER.iter().position(|known| known == name).map_or(0, |at| at + 1));
             for (i, (name, item)) in members.into_iter().enumerate() {
                 text.push_str(if i > 0 { "," } else { "" });
                 line(text, depth + 1);
@@ -196,9 +203,15 @@ mod tests {
 
     #[test]
     fn sizes_for_people() {
-        for (bytes, text) in
-            [(0, "0 B"), (29184, "28.5 KiB"), (1 << 20, "1 MiB"), (197_120, "192 KiB"), (328_192, "320 KiB"), (1234, "1.21 KiB"), (1000, "0.98 KiB")]
-        {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (29184, "28.5 KiB"),
+            (1 << 20, "1 MiB"),
+            (197_120, "192 KiB"),
+            (328_192, "320 KiB"),
+            (1234, "1.21 KiB"),
+            (1000, "0.98 KiB"),
+        ] {
             assert_eq!(human(bytes), text);
         }
     }

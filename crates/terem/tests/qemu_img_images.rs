@@ -340,3 +340,55 @@ fn every_image_is_read_as_qemu_does() {
         assert!(theirs == ours, "{name}");
     }
 }
+
+/// A server that ends with its first connection, as qemu-nbd is unless told otherwise.
+fn serve(images: &Images) -> std::process::Child {
+    let socket = images.path().join("socket");
+    let _ = std::fs::remove_file(&socket);
+    let mut command = Command::new("qemu-nbd");
+    let words = ["-k", "socket", "-f", "qcow2", "-r", "plain.qcow2"];
+    // It takes absolute paths only.
+    let words = words.map(|word| if word == "socket" { socket.to_str().unwrap() } else { word });
+    let server = command.args(words).current_dir(images.path()).spawn().unwrap();
+    for _ in 0..1000 {
+        if socket.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    server
+}
+
+#[test]
+fn exports_are_reached_by_one_connection() {
+    let images = Images::new();
+    let socket = images.path().join("socket").display().to_string();
+    let address = format!("nbd+unix:///?socket={socket}");
+    let tree = format!("driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={socket}");
+    let json = format!(r#"json:{{"driver":"nbd","server":{{"type":"unix","path":"{socket}"}}}}"#);
+    let old = format!("nbd:unix:{socket}");
+    for question in [
+        vec!["info", "--output=json", &address],
+        vec!["map", "--output=json", &address],
+        vec!["map", "--output=json", &old],
+        vec!["map", "--output=json", &json],
+        vec!["map", "--output=json", "--image-opts", &tree],
+        vec!["measure", "--output=json", "-O", "raw", &address],
+        vec!["compare", &address, "plain.qcow2"],
+        vec!["compare", "plain.qcow2", &old],
+        vec!["convert", "-f", "raw", "-O", "raw", &address, "copy"],
+    ] {
+        let mut answers = [Command::new("qemu-img"), ours()].map(|mut command| {
+            let mut server = serve(&images);
+            let output = images.run(command.args(&question));
+            let _ = server.kill();
+            let _ = server.wait();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let copy = std::fs::read(images.path().join("copy")).ok();
+            assert!(output.status.success(), "{question:?}: {}", String::from_utf8_lossy(&output.stderr));
+            (if text.starts_with(['{', '[']) { parsed(&text) } else { text.into() }, copy)
+        });
+        let [theirs, ours] = &mut answers;
+        assert!(theirs == ours, "{question:?}: {} {}", theirs.0, ours.0);
+    }
+}

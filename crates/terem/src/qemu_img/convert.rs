@@ -8,6 +8,7 @@ use crate::disk::Progress;
 use std::path::{Path, PathBuf};
 use terem_block::{
     BackingPolicy, BitmapAction, ConvertOptions, CreateOptions, Format, OpenError, OpenOptions, Source,
+    is_address,
 };
 
 /// Most bytes for `-S`.
@@ -119,8 +120,8 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
         let open = OpenOptions { snapshot: snapshot.clone(), cache: source_cache, ..named.read_only() };
         sources.push((named, open));
     }
-    // Which of them cannot be opened.
-    for (named, open) in &sources {
+    // Which of them cannot be opened. A server may take one connection and no more.
+    for (named, open) in sources.iter().filter(|(named, _)| !is_address(named.path())) {
         terem_block::Disk::open(named.path(), open).map_err(|error| named.failed(&error))?;
     }
 
@@ -182,9 +183,10 @@ pub fn convert(arguments: &arguments::Convert) -> Outcome {
         path = named.path().to_owned();
         let open =
             OpenOptions { cache: target_cache, backing: BackingPolicy::Any, ..named.options().clone() };
-        let disk = terem_block::Disk::open(&path, &open).map_err(|error| named.failed(&error))?;
-        create.format = disk.facts().format;
-        drop(disk);
+        if !is_address(&path) {
+            let disk = terem_block::Disk::open(&path, &open).map_err(|error| named.failed(&error))?;
+            create.format = disk.facts().format;
+        }
         how.existing_open = Some(open);
     }
     let sources: Vec<(Named, Source)> = sources

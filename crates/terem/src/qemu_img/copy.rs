@@ -82,8 +82,8 @@ pub fn compare(arguments: &arguments::Compare) -> Outcome {
     let a = named(&arguments.filename1, arguments.a_format.as_ref())?;
     let b = named(&arguments.filename2, arguments.b_format.as_ref())?;
     let cache = cache(arguments.cache.as_ref()).map_err(|failed| failed.code(2))?.0;
-    for image in [&a, &b] {
-        // Which of them cannot be opened.
+    for image in [&a, &b].into_iter().filter(|image| !terem_block::is_address(image.path())) {
+        // Which of them cannot be opened. A server may take one connection and no more.
         Disk::open(image.path(), &image.read_only()).map_err(|error| image.failed(&error).code(2))?;
     }
     let progress = Progress::start();

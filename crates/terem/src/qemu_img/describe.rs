@@ -157,7 +157,7 @@ fn describe(described: &Described) -> Value {
         put("format-specific", value!({ "type": format_name(info.format), "data": facts }));
     }
     let child = |(name, file): (String, PathBuf)| {
-        let mut facts = file_facts(&file);
+        let mut facts = file_facts(&file, info);
         // A format in a part of a file has a node of the format raw between.
         if let Some(part) = part.filter(|_| name == "file" && info.format != Format::Raw) {
             let length = facts["virtual-size"].as_u64().unwrap_or(0);
@@ -199,10 +199,10 @@ struct FileFacts {
 }
 
 impl FileFacts {
-    fn of(path: &Path) -> Self {
+    /// Of a file of the image that `info` is of.
+    fn of(path: &Path, info: &ImageInfo) -> Self {
         if is_address(path) {
-            let length = terem_block::info(path, None).map_or(0, |info| info.virtual_size);
-            return Self { kind: "nbd", length, taken: None };
+            return Self { kind: "nbd", length: info.virtual_size, taken: None };
         }
         match std::fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => {
@@ -218,8 +218,8 @@ impl FileFacts {
     }
 }
 
-fn file_facts(path: &Path) -> Value {
-    let FileFacts { kind, length, taken } = FileFacts::of(path);
+fn file_facts(path: &Path, info: &ImageInfo) -> Value {
+    let FileFacts { kind, length, taken } = FileFacts::of(path, info);
     let mut facts = value!({
         "children": [], "virtual-size": length, "filename": path, "format": kind, "dirty-flag": false,
     });
@@ -285,7 +285,7 @@ fn for_people(described: &Described) -> String {
         people(&mut text, &facts, 1);
     }
     for (name, file) in children(info) {
-        let FileFacts { kind, length, taken } = FileFacts::of(&file);
+        let FileFacts { kind, length, taken } = FileFacts::of(&file, info);
         let _ = write!(
             text,
             "Child node '/{name}':\n    filename: {}\n    protocol type: {kind}\n    file length: {} ({length} bytes)\n    disk size: {}\n",

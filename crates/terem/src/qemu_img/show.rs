@@ -8,6 +8,7 @@ use serde_json::{Value, json as value};
 use std::fmt::Write;
 use terem_block::{
     BackingFile, CheckReport, Disk, Extent, ExtentKind, Format, OpenOptions, Qcow2Info, Repair, beside,
+    is_address,
 };
 
 pub fn check(arguments: &arguments::Check) -> Outcome {
@@ -130,7 +131,8 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
     let start = number(&arguments.start_offset)?.unwrap_or(0);
     let length = number(&arguments.max_length)?.unwrap_or(u64::MAX);
     let disk = Disk::open(named.path(), &named.read_only()).map_err(|error| named.failed(&error))?;
-    let chain = chain(&named)?;
+    // A server may take one connection and no more.
+    let chain = if is_address(named.path()) { Vec::new() } else { chain(&named)? };
     let extents = disk.block_status(start, length).map_err(Failed::new)?;
     // What is in a part of a file is told as places in the file by the format raw, which has such parts.
     let raw = disk.facts().format == Format::Raw;
@@ -158,7 +160,7 @@ pub fn map(arguments: &arguments::Map) -> Outcome {
             return Err(Failed::new("File contains external, encrypted or compressed clusters."));
         };
         let image = chain.get(extent.depth as usize);
-        let file = image.map_or_else(String::new, |image| data_file(image, extent.start));
+        let file = image.map_or_else(|| named.shown(), |image| data_file(image, extent.start));
         let [offset, length, host] = [extent.start, extent.length, host].map(hex);
         let _ = writeln!(text, "{offset:<16}{length:<16}{host:<16}{file}");
     }
@@ -305,7 +307,7 @@ pub fn measure(arguments: &arguments::Measure) -> Outcome {
             let named = Named::new(filename, &arguments.common)?;
             let snapshot = arguments.snapshot.as_deref().map(snapshot_name);
             let open = OpenOptions { snapshot, ..named.read_only() };
-            if target.format == Format::Qcow2 {
+            if target.format == Format::Qcow2 && !is_address(named.path()) {
                 let info = terem_block::info_of_source(&named.source).map_err(|e| named.failed(&e))?;
                 if target.qcow2.version >= 3 {
                     let (size, cluster) = (info.virtual_size, target.qcow2.cluster_size);

@@ -41,13 +41,25 @@ pub fn name_of(source: &Source) -> String {
         Below::Image(below) => Some(below),
         Below::Nothing | Below::AsWritten => None,
     };
+    if is_address(&source.path) {
+        return address_name(&source.path);
+    }
     if source.options.part.is_none() && below.is_none() {
         let name = source.path.display().to_string();
         // What comes before a colon would be taken for a protocol.
         let protocol = name.split('/').next().is_some_and(|first| first.contains(':'));
-        return if protocol && !is_address(&source.path) { format!("./{name}") } else { name };
+        return if protocol { format!("./{name}") } else { name };
     }
     format!("json:{}", tree(source))
+}
+
+/// An NBD address as QEMU writes it: without a slash where no export is named.
+fn address_name(path: &Path) -> String {
+    let name = path.display().to_string();
+    match name.split_once("+unix:///?") {
+        Some((scheme, query)) => format!("{scheme}+unix://?{query}"),
+        None => name.strip_suffix('/').map_or(name.clone(), str::to_owned),
+    }
 }
 
 fn file_tree(path: &Path) -> Value {
@@ -135,8 +147,8 @@ fn describe(described: &Described) -> Value {
     put("format", format_name(info.format).into());
     if !is_address(&info.filename) {
         put("actual-size", info.actual_size.into());
+        put("dirty-flag", info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty).into());
     }
-    put("dirty-flag", info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty).into());
     if info.encryption.is_some() {
         put("encrypted", true.into());
     }
@@ -220,9 +232,11 @@ impl FileFacts {
 
 fn file_facts(path: &Path, info: &ImageInfo) -> Value {
     let FileFacts { kind, length, taken } = FileFacts::of(path, info);
-    let mut facts = value!({
-        "children": [], "virtual-size": length, "filename": path, "format": kind, "dirty-flag": false,
-    });
+    let name = if kind == "nbd" { address_name(path) } else { path.display().to_string() };
+    let mut facts = value!({ "children": [], "virtual-size": length, "filename": name, "format": kind });
+    if kind != "nbd" {
+        facts["dirty-flag"] = false.into();
+    }
     if let Some(taken) = taken {
         facts["actual-size"] = taken.into();
     }

@@ -7,13 +7,16 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use terem_crypt::FileArea;
+
 use crate::engine::Engine;
 use crate::file::{File, FileFacts};
 use crate::lock::lock_image;
 use crate::nbd;
 use crate::node::{Node, directory_of};
 use crate::probe::{HEAD, Looks, probe};
-use crate::{BackingPolicy, Cache, Format, OpenError, OpenOptions};
+use crate::source::JSON;
+use crate::{BackingPolicy, Below, Cache, FilePart, Format, OpenError, OpenOptions, Source};
 
 /// Most backing files below an image.
 const MAX_DEPTH: usize = 200;
@@ -22,7 +25,12 @@ const MAX_DEPTH: usize = 200;
 pub(crate) struct ImageFile {
     file: fs::File,
     path: PathBuf,
+    /// Where in the file the image begins: 0, unless it is only a part of it.
+    start: u64,
+    /// Bytes from there on.
     len: u64,
+    /// Whether it ends before the file does.
+    cut: bool,
     block_device: bool,
     writing: bool,
 }
@@ -78,7 +86,31 @@ impl ImageFile {
         let len = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0))
             .map_err(|e| OpenError::io(path, "asking for the image's length", e.into()))?;
         let block_device = meta.file_type().is_block_device();
-        Ok(Self { file: fd.into(), path: owned(), len, block_device, writing })
+        let file = fd.into();
+        Ok(Self { file, path: owned(), start: 0, len, cut: false, block_device, writing })
+    }
+
+    /// Takes a part of the file for all of it.
+    pub(crate) fn narrow(&mut self, part: &FilePart) -> Result<(), OpenError> {
+        let limit = |what: String| OpenError::Limit { path: self.path.clone(), what };
+        let there = self
+            .len
+            .checked_sub(part.offset)
+            .ok_or_else(|| limit(format!("it has {} bytes, and is to begin at {}", self.len, part.offset)))?;
+        let len = part.size.unwrap_or(there);
+        if len > there {
+            return Err(limit(format!("{len} bytes are more than the {there} from there on")));
+        }
+        if !part.offset.is_multiple_of(512) || part.size.is_some_and(|size| !size.is_multiple_of(512)) {
+            return Err(limit("a part of a file begins and ends at a multiple of 512 bytes".into()));
+        }
+        (self.start, self.len, self.cut) = (part.offset, len, part.size.is_some());
+        Ok(())
+    }
+
+    /// Whether the image is not the whole file.
+    pub(crate) fn is_part(&self) -> bool {
+        self.start > 0 || self.cut
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -93,8 +125,8 @@ impl ImageFile {
     /// Looks again how long the file is, after it was written through [`Self::plain`].
     pub(crate) fn refresh_len(&mut self) -> Result<(), OpenError> {
         let meta = self.file.metadata().map_err(|e| OpenError::io(&self.path, "looking at the image", e))?;
-        if !self.block_device {
-            self.len = meta.len();
+        if !self.block_device && !self.cut {
+            self.len = meta.len().saturating_sub(self.start);
         }
         Ok(())
     }
@@ -104,11 +136,16 @@ impl ImageFile {
         &self.file
     }
 
+    /// A part of it as [`terem_crypt`] takes it.
+    pub(crate) fn area(&self, offset: u64, length: u64) -> FileArea<'_> {
+        FileArea::new(&self.file, self.start + offset, length)
+    }
+
     /// Writes `bytes` at `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OpenError> {
         #[cfg(test)]
         let record = crate::journal::write_bytes(offset, bytes);
-        let written = self.file.write_all_at(bytes, offset);
+        let written = self.file.write_all_at(bytes, self.start + offset);
         written.map_err(|e| OpenError::io(&self.path, "writing the image", e))?;
         #[cfg(test)]
         crate::journal::ended(record);
@@ -129,7 +166,7 @@ impl ImageFile {
     pub(crate) fn punch_hole(&self, offset: u64, length: u64) {
         use rustix::fs::FallocateFlags;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if rustix::fs::fallocate(&self.file, flags, offset, length).is_ok() {
+        if rustix::fs::fallocate(&self.file, flags, self.start + offset, length).is_ok() {
             #[cfg(test)]
             crate::journal::allocated(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length);
         }
@@ -137,8 +174,14 @@ impl ImageFile {
 
     /// Cuts a regular file after `len` bytes, or lengthens it.
     pub(crate) fn set_len(&mut self, len: u64) -> Result<(), OpenError> {
+        if self.cut {
+            let what = "it is a part of a file, whose size cannot be changed".into();
+            return Err(OpenError::Limit { path: self.path.clone(), what });
+        }
         if !self.block_device {
-            self.file.set_len(len).map_err(|e| OpenError::io(&self.path, "changing the file's length", e))?;
+            self.file
+                .set_len(self.start + len)
+                .map_err(|e| OpenError::io(&self.path, "changing the file's length", e))?;
             self.len = len;
         }
         Ok(())
@@ -160,7 +203,7 @@ impl ImageFile {
         }
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         self.file
-            .read_exact_at(&mut bytes, offset)
+            .read_exact_at(&mut bytes, self.start + offset)
             .map_err(|e| OpenError::io(&self.path, "reading the image", e))?;
         Ok(bytes)
     }
@@ -209,8 +252,17 @@ impl ImageFile {
             block_device: self.block_device,
             read_only: !self.writing,
             durable: cache != Cache::Unsafe,
+            start: self.start,
             len: self.len,
+            limit: if self.cut { self.len } else { u64::MAX },
         };
+        if !self.start.is_multiple_of(align) {
+            return Err(OpenError::Unsupported {
+                path: self.path,
+                feature: format!("direct I/O from byte {} on", self.start),
+                hint: "use cache=writeback",
+            });
+        }
         Ok(File::new(Rc::clone(engine), fd, self.path, &facts))
     }
 }
@@ -254,6 +306,10 @@ fn open_node(
     seen: &mut Seen,
 ) -> Result<Node, OpenError> {
     if nbd::is_address(path) {
+        if options.part.is_some() {
+            let what = "a part of an NBD export cannot be opened by itself".into();
+            return Err(OpenError::Limit { path: path.to_owned(), what });
+        }
         return nbd::open(engine, path, format, writing, options);
     }
     let opening = Opening::new(engine, path, format, writing, options, seen)?;
@@ -289,9 +345,16 @@ impl<'a> Opening<'a> {
             return Err(OpenError::BackingTooDeep { path: path.to_owned(), max: MAX_DEPTH });
         }
         seen.depth += 1;
-        let image = ImageFile::open(path, writing, options.lock, &mut seen.files)?;
+        let mut image = ImageFile::open(path, writing, options.lock, &mut seen.files)?;
+        if let Some(part) = &options.part {
+            image.narrow(part)?;
+        }
         let probed = format.is_none();
         let format = image.format(format)?;
+        if image.is_part() && writing && !matches!(format, Format::Raw | Format::Luks | Format::Qcow2) {
+            let what = format!("a {} image in a part of a file can only be read", format.name());
+            return Err(OpenError::Limit { path: path.to_owned(), what });
+        }
         Ok(Self { image, format, probed, writing, options, engine, seen })
     }
 
@@ -305,26 +368,40 @@ impl<'a> Opening<'a> {
         self.image.into_storage(self.engine, self.options.cache)
     }
 
+    /// Opens what is below the image: the backing file that it names, or what the caller wants there.
+    pub(crate) fn open_below(
+        &mut self,
+        written: Option<(&str, Option<&str>)>,
+    ) -> Result<Option<Node>, OpenError> {
+        match (&self.options.below, written) {
+            (Below::AsWritten, None) | (Below::Nothing, _) => Ok(None),
+            (Below::AsWritten, Some((name, format))) => self.open_backing(name, format).map(Some),
+            (Below::Image(source), _) => {
+                let lock = self.options.lock && source.options.lock;
+                let aio = self.options.aio;
+                let options = OpenOptions { read_only: true, lock, aio, ..source.options.clone() };
+                let below = &source.path;
+                open_node(self.engine, below, options.format, false, &options, self.seen)
+                    .map(Some)
+                    .map_err(|error| self.below_failed(error))
+            }
+        }
+    }
+
     /// Opens the image's backing file, whose name and format are written in the image.
     pub(crate) fn open_backing(&mut self, name: &str, format: Option<&str>) -> Result<Node, OpenError> {
-        let path = self.image.path();
-        let below = resolve_backing(path, name, &self.options.backing)?;
-        let wrap = |source| OpenError::Backing { path: path.to_owned(), source: Box::new(source) };
-        let format = match format {
-            None => None,
-            Some(name) => Some(Format::from_name(name).ok_or_else(|| {
-                wrap(OpenError::Unsupported {
-                    path: below.clone(),
-                    feature: format!("a backing file of format {name}"),
-                    hint: "convert it with `qemu-img convert -O qcow2`",
-                })
-            })?),
-        };
-        open_node(self.engine, &below, format, false, self.options, self.seen).map_err(|error| match error {
-            OpenError::BackingCycle { again, .. } => OpenError::BackingCycle { path: path.to_owned(), again },
+        let Source { path, options } = backing_source(self.image.path(), name, format, self.options)?;
+        open_node(self.engine, &path, options.format, false, &options, self.seen)
+            .map_err(|error| self.below_failed(error))
+    }
+
+    fn below_failed(&self, error: OpenError) -> OpenError {
+        let path = self.image.path().to_owned();
+        match error {
+            OpenError::BackingCycle { again, .. } => OpenError::BackingCycle { path, again },
             too_deep @ OpenError::BackingTooDeep { .. } => too_deep,
-            other => wrap(other),
-        })
+            other => OpenError::Backing { path, source: Box::new(other) },
+        }
     }
 
     /// Opens another file that the image consists of and names, such as an extent. Where it may be is decided as for
@@ -335,13 +412,48 @@ impl<'a> Opening<'a> {
     }
 }
 
+/// What the image at `path` has below it by this name and format, opened as `options` say.
+pub(crate) fn backing_source(
+    path: &Path,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Source, OpenError> {
+    let options = OpenOptions { format: None, ..options.of_below() };
+    let tree = name.starts_with(JSON);
+    let mut source = if tree {
+        if options.backing != BackingPolicy::Any {
+            return Err(refused(path, name, NOT_PLAIN));
+        }
+        Source::json(name, &options)?
+    } else {
+        Source { path: resolve_backing(path, name, &options.backing)?, options }
+    };
+    if let Some(format) = format {
+        let known = Format::from_name(format).ok_or_else(|| {
+            let unsupported = OpenError::Unsupported {
+                path: source.path.clone(),
+                feature: format!("a backing file of format {format}"),
+                hint: "convert it with `qemu-img convert -O qcow2`",
+            };
+            OpenError::Backing { path: path.to_owned(), source: Box::new(unsupported) }
+        })?;
+        // A tree says it better: the format that is written beside it can be that of its lowest node.
+        source.options.format = source.options.format.filter(|_| tree).or(Some(known));
+    }
+    Ok(source)
+}
+
+/// Why a name that is none of a file is refused.
+const NOT_PLAIN: &str = "it is not a plain file name; only local files can back an image";
+
+fn refused(path: &Path, name: &str, reason: &str) -> OpenError {
+    OpenError::BackingRefused { path: path.to_owned(), backing: name.to_owned(), reason: reason.to_owned() }
+}
+
 /// Where the backing file is that the image at `path` calls `name`, if it may be opened.
 pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -> Result<PathBuf, OpenError> {
-    let refused = |reason: &str| OpenError::BackingRefused {
-        path: path.to_owned(),
-        backing: name.to_owned(),
-        reason: reason.to_owned(),
-    };
+    let refused = |reason: &str| refused(path, name, reason);
     if *policy == BackingPolicy::None {
         return Err(refused(
             "backing files are switched off for this disk; flatten it with `qemu-img convert`",
@@ -362,7 +474,7 @@ pub(crate) fn resolve_backing(path: &Path, name: &str, policy: &BackingPolicy) -
     let plain = name.strip_prefix("file:").unwrap_or(name);
     // As QEMU: a colon before the first slash is a protocol ("json:" too).
     if plain.split('/').next().is_some_and(|first| first.contains(':')) {
-        return Err(refused("it is not a plain file name; only local files can back an image"));
+        return Err(refused(NOT_PLAIN));
     }
     let directory = directory_of(path);
     let below = directory.join(plain);

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::chain::ImageFile;
-use crate::{Format, OpenError};
+use crate::{FilePart, Format, OpenError, Source};
 
 /// Most messages in a report; the number of errors goes on.
 const MAX_MESSAGES: usize = 50;
@@ -52,7 +52,16 @@ impl CheckReport {
 /// # Errors
 /// [`OpenError`] when it cannot be opened or read, or is being written by another process.
 pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
-    check_with(path.as_ref(), format, true)
+    check_with(path.as_ref(), format, true, None)
+}
+
+/// As [`check`], for an image that may be only a part of a file; unlocked, if its options say so.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_source(source: &Source) -> Result<CheckReport, OpenError> {
+    let options = &source.options;
+    check_with(&source.path, options.format, options.lock, options.part.as_ref())
 }
 
 /// As [`check`], for an image that may be in use: what it finds may be what was just being changed.
@@ -60,16 +69,24 @@ pub fn check(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckRepo
 /// # Errors
 /// [`OpenError`] when it cannot be opened or read.
 pub fn check_unlocked(path: impl AsRef<Path>, format: Option<Format>) -> Result<CheckReport, OpenError> {
-    check_with(path.as_ref(), format, false)
+    check_with(path.as_ref(), format, false, None)
 }
 
-fn check_with(path: &Path, format: Option<Format>, lock: bool) -> Result<CheckReport, OpenError> {
+fn check_with(
+    path: &Path,
+    format: Option<Format>,
+    lock: bool,
+    part: Option<&FilePart>,
+) -> Result<CheckReport, OpenError> {
     if crate::nbd::is_address(path) {
         // Whatever the image is, it is the server's.
         let image_end = crate::nbd::size(path, format)?;
         return Ok(CheckReport { image_end, ..CheckReport::default() });
     }
-    let image = ImageFile::open(path, false, lock, &mut Vec::new())?;
+    let mut image = ImageFile::open(path, false, lock, &mut Vec::new())?;
+    if let Some(part) = part {
+        image.narrow(part)?;
+    }
     match image.format(format)?.driver().check {
         None => Ok(CheckReport { image_end: image.len(), ..CheckReport::default() }),
         Some(check) => check(&image),

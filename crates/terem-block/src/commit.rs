@@ -1,14 +1,15 @@
 //! Moving data between an image and its backing file: commit and rebase.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::chain::{ImageFile, resolve_backing};
-use crate::convert::{Progress, is_zero, request};
+use crate::chain::{ImageFile, backing_source};
+use crate::convert::{Pace, Progress, is_zero, request};
+use crate::executor::LocalFuture;
 use crate::file::to_usize;
-use crate::node::directory_of;
+use crate::node::{Node, directory_of};
 use crate::{
-    BackingFile, BackingPolicy, BlockBackend, Disk, Extent, ExtentKind, Format, Op, OpenError, OpenOptions,
-    Preallocation, info, resize, set_backing,
+    BackingFile, BackingPolicy, Below, BlockBackend, Disk, Extent, ExtentKind, Format, IoError, Op,
+    OpenError, OpenOptions, Preallocation, Source, info, info_of_source, resize, set_backing,
 };
 use std::sync::Arc;
 use terem_memory::{AlignedBuffer, IoMemory};
@@ -18,8 +19,17 @@ const PIECE: u64 = 1 << 20;
 /// Bytes whose status is asked for at once.
 const LOOK_AHEAD: u64 = 256 << 20;
 
+/// How [`commit`] goes about it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CommitOptions {
+    /// Empty the image afterwards, if what it has went into its own backing file.
+    pub empty: bool,
+    /// Most bytes to write a second.
+    pub rate: Option<u64>,
+}
+
 /// Writes everything that `image` has of its own into the image `base` of its chain (its backing file, if `None`), and
-/// with `empty` empties the image. What lies between them is written, too.
+/// perhaps empties the image. What lies between them is written, too.
 ///
 /// After a power cut nothing is lost: the image is emptied only when all of it is in the base durably.
 ///
@@ -29,9 +39,10 @@ pub fn commit(
     image: impl AsRef<Path>,
     options: &OpenOptions,
     base: Option<&Path>,
-    empty: bool,
+    how: CommitOptions,
     progress: Progress<'_>,
 ) -> Result<(), OpenError> {
+    let CommitOptions { empty, rate } = how;
     let image = image.as_ref();
     let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
     let chain = chain_of(image, &options)?;
@@ -42,33 +53,35 @@ pub fn commit(
             // As its user names it, or as the images do.
             let beside = directory_of(image).join(base);
             let same = |path: &Path, name: &Path| name.canonicalize().is_ok_and(|name| name == path);
-            let found = chain.iter().position(|(path, _)| same(path, base) || same(path, &beside));
+            let found = chain.iter().position(|s| same(&s.path, base) || same(&s.path, &beside));
             found.ok_or_else(|| limit("the base is not in its chain of backing files"))?
         }
     };
-    let Some((base, base_format)) = chain.get(depth) else {
+    let Some(Source { path: base, options: base_options }) = chain.get(depth) else {
         return Err(limit("it has no backing file to commit to"));
     };
     // The base is read through the image while it is written: the lock is ours to share.
     let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
     let guard = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
+    let base_format = base_options.format;
     let base_options = OpenOptions {
-        format: Some(*base_format),
         read_only: false,
         backing: BackingPolicy::Any,
-        ..options.clone()
+        cache: options.cache,
+        ..base_options.clone()
     };
-    if info(base, Some(*base_format))?.virtual_size < from.size() {
-        resize(base, Some(*base_format), from.size(), false, Preallocation::Off)?;
+    if base_options.part.is_none() && info(base, base_format)?.virtual_size < from.size() {
+        resize(base, base_format, from.size(), false, Preallocation::Off)?;
     }
     let to = Disk::open(base, &base_options)?;
     let size = from.size();
+    let mut pace = Pace::new(rate);
     each_extent(image, &from, progress, |extent| {
         // What the base itself or something below it decides is there already.
         if extent.depth as usize > depth || extent.kind == ExtentKind::Unallocated {
             return Ok(());
         }
-        copy_extent(image, &from, base, &to, extent)
+        copy_extent(image, &from, base, &to, extent, &mut pace)
     })?;
     to.run(Op::Flush).map_err(|e| request(base, "making it durable", e))?;
     to.close().map_err(|e| request(base, "closing it", e))?;
@@ -102,17 +115,22 @@ fn open_format(image: &Path, options: &OpenOptions) -> Result<(ImageFile, Format
 }
 
 /// The backing files of an image with their formats, nearest first.
-fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<(PathBuf, Format)>, OpenError> {
-    let mut found = Vec::new();
-    let (mut path, mut format) = (image.to_owned(), options.format);
+fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<Source>, OpenError> {
+    let mut found: Vec<Source> = Vec::new();
+    let mut source = Source { path: image.to_owned(), options: options.clone() };
     while found.len() <= 200 {
-        let Some(qcow2) = info(&path, format)?.qcow2 else { break };
-        let Some(name) = qcow2.backing_filename else { break };
-        let below = resolve_backing(&path, &name, &options.backing)?;
-        format = qcow2.backing_format.as_deref().and_then(Format::from_name);
-        let known = info(&below, format)?.format;
-        found.push((below.clone(), known));
-        path = below;
+        let below = match &source.options.below {
+            Below::Image(below) => (**below).clone(),
+            Below::Nothing => break,
+            Below::AsWritten => {
+                let Some(qcow2) = info_of_source(&source)?.qcow2 else { break };
+                let Some(name) = qcow2.backing_filename else { break };
+                backing_source(&source.path, &name, qcow2.backing_format.as_deref(), &source.options)?
+            }
+        };
+        let format = Some(info_of_source(&below)?.format);
+        source = Source { path: below.path, options: OpenOptions { format, ..below.options } };
+        found.push(source.clone());
     }
     Ok(found)
 }
@@ -121,7 +139,10 @@ fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<(PathBuf, Format)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rebase {
     /// The disk keeps its contents: what differs between the old and the new backing file is written into the image.
-    Safe,
+    Safe {
+        /// Write it compressed, where whole clusters differ.
+        compress: bool,
+    },
     /// Only the name is changed: for a backing file that was moved or converted.
     Unsafe,
 }
@@ -139,8 +160,8 @@ pub fn rebase(
 ) -> Result<(), OpenError> {
     let image = image.as_ref();
     let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
-    if how == Rebase::Safe {
-        keep_contents(image, &options, backing, progress)?;
+    if let Rebase::Safe { compress } = how {
+        keep_contents(image, &options, backing, compress, progress)?;
     }
     set_backing(image, options.format, backing)
 }
@@ -150,19 +171,17 @@ fn keep_contents(
     image: &Path,
     options: &OpenOptions,
     backing: Option<&BackingFile>,
+    compress: bool,
     progress: Progress<'_>,
 ) -> Result<(), OpenError> {
     let new = match backing {
         None => None,
         Some(backing) => {
-            let path = resolve_backing(image, &backing.path.to_string_lossy(), &BackingPolicy::Any)?;
-            let open = OpenOptions {
-                format: Some(backing.format),
-                read_only: true,
-                backing: BackingPolicy::Any,
-                ..options.clone()
-            };
-            Some((path.clone(), Disk::open(&path, &open)?))
+            let name = backing.path.to_string_lossy();
+            let Source { path, options } =
+                backing_source(image, &name, Some(backing.format.name()), options)?;
+            let disk = Disk::open(&path, &OpenOptions { read_only: true, ..options })?;
+            Some((path, disk))
         }
     };
     // The unit in which the image is written: less would only be filled up from the old backing file.
@@ -179,6 +198,16 @@ fn keep_contents(
         Ok(bytes)
     };
     let fail = |e| request(image, "writing what differs", e);
+    let packer =
+        disk.with_node(|node| Box::pin(async move { Ok(node.image().compression()) })).map_err(fail)?;
+    if compress && packer.is_none() {
+        return Err(OpenError::Unsupported {
+            path: image.to_owned(),
+            feature: "compression in this format".into(),
+            hint: "qcow2 has it",
+        });
+    }
+    let packer = packer.filter(|packer| compress && packer.unit == unit);
     each_extent(image, &disk, progress, |extent| {
         if extent.depth == 0 && extent.kind != ExtentKind::Unallocated {
             return Ok(());
@@ -192,6 +221,16 @@ fn keep_contents(
                 Some((path, new)) => read(path, new, at, end - at)? == old,
             };
             if !same {
+                let packed = packer.filter(|_| end - at == unit && !is_zero(&old));
+                if let Some(smaller) = packed.and_then(|packer| (packer.compress)(&old)) {
+                    let write = move |node: std::rc::Rc<Node>| {
+                        Box::pin(async move { node.image().write_compressed(vec![(at, smaller)]).await })
+                            as LocalFuture<'_, Result<(), IoError>>
+                    };
+                    disk.with_node(write).map_err(fail)?;
+                    at = end;
+                    continue;
+                }
                 // What the old backing file leaves zero would be left out; it must be there for the new one.
                 let op = if is_zero(&old) && backed && end - at == unit {
                     Op::WriteZeroes { offset: at, length: end - at, unmap: true }
@@ -238,11 +277,15 @@ fn copy_extent(
     to_path: &Path,
     to: &Disk,
     extent: &Extent,
+    pace: &mut Pace,
 ) -> Result<(), OpenError> {
     let mut at = extent.offset;
     while at < extent.end() {
         let most = if extent.is_zero() { to.geometry().max_discard } else { PIECE };
         let length = most.min(extent.end() - at);
+        if !extent.is_zero() {
+            pace.wait(length, &mut || true);
+        }
         let op = if extent.is_zero() {
             Op::WriteZeroes { offset: at, length, unmap: true }
         } else {

@@ -41,11 +41,12 @@ pub enum Difference {
     Contents,
     /// In size (only when that is asked for).
     Size,
-    /// In what has storage (only when that is asked for).
+    /// In what a part is: data, compressed, zeroes, or nothing (only when that is asked for).
     Allocation,
 }
 
-/// Compares the disks of two images. With `strict` their sizes and which parts have storage must be the same, too.
+/// Compares the disks of two images. With `strict` their sizes must be the same, too, and what
+/// each part is: data, compressed, zeroes, or nothing.
 ///
 /// # Errors
 /// [`OpenError`] when one of them cannot be opened or read.
@@ -107,8 +108,7 @@ fn compare_extents(
     while at < start + length {
         let (x, y) = (&extents_a[i], &extents_b[j]);
         let end = x.end().min(y.end());
-        let allocated = |e: &Extent| e.kind != ExtentKind::Unallocated;
-        if strict && allocated(x) != allocated(y) {
+        if strict && x.kind != y.kind {
             return Ok(Some(Comparison::Differ { offset: at, what: Difference::Allocation }));
         }
         if !(x.is_zero() && y.is_zero()) {

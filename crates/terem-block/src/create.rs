@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{ImageFile, open_chain, resolve_backing};
+use crate::chain::{ImageFile, backing_source, open_chain};
 use crate::engine::Engine;
 use crate::format::NewImage;
 use crate::lock::lock_image;
@@ -239,17 +239,16 @@ fn empty_export(path: &Path, size: u64, options: &CreateOptions) -> Result<(), O
 fn backing_size(path: &Path, backing: &BackingFile) -> Result<u64, OpenError> {
     let name = backing.path.to_str().unwrap_or_default();
     // The caller names it, so it may be anywhere.
-    let below = resolve_backing(path, name, &BackingPolicy::Any)?;
     let options = OpenOptions {
-        format: Some(backing.format),
         backing: BackingPolicy::Any,
         keys: Keys::locked(),
         aio: AioEngine::Threads,
         ..OpenOptions::read_only()
     };
+    let below = backing_source(path, name, Some(backing.format.name()), &options)?;
     let wrap = |source| OpenError::Backing { path: path.to_owned(), source: Box::new(source) };
     let engine = Engine::new(options.aio)?;
-    open_chain(&engine, &below, &options).map(|node| node.size()).map_err(wrap)
+    open_chain(&engine, &below.path, &below.options).map(|node| node.size()).map_err(wrap)
 }
 
 fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {

@@ -16,12 +16,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::Poll;
 use std::thread::JoinHandle;
 
-use crate::chain::open_chain;
 use crate::engine::{Bell, Engine};
 use crate::executor::{Executor, LocalFuture};
+use crate::joined::open_joined;
 use crate::node::Node;
 use crate::{
-    AioEngine, BlockBackend, Complete, Extent, Format, Geometry, IoError, Op, OpenError, OpenOptions, Request,
+    AioEngine, BlockBackend, Complete, Extent, Format, Geometry, IoError, Op, OpenError, OpenOptions,
+    Request, Source,
 };
 
 /// Stack of an I/O thread: a read may go down a chain of 200 images. Only what is used takes memory.
@@ -138,14 +139,21 @@ impl Disk {
     /// # Errors
     /// [`OpenError`] says which file, why, and what to do.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OpenError> {
-        let (path, options) = (path.as_ref().to_owned(), options.clone());
+        Self::open_sources(vec![Source { path: path.as_ref().to_owned(), options: options.clone() }])
+    }
+
+    /// Opens an image, or several as one disk: what each has one after the other, which can only be read.
+    ///
+    /// # Errors
+    /// As [`Self::open`]'s.
+    pub(crate) fn open_sources(sources: Vec<Source>) -> Result<Self, OpenError> {
         let shared = Arc::new(Shared::default());
         let (tell, told) = mpsc::channel();
         let thread_shared = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("disk".into())
             .stack_size(STACK)
-            .spawn(move || io_thread(path, &options, &thread_shared, &tell))
+            .spawn(move || io_thread(&sources, &thread_shared, &tell))
             .map_err(OpenError::Thread)?;
         match told.recv() {
             Ok(Ok((geometry, facts, bell))) => {
@@ -331,14 +339,13 @@ fn check_request(geometry: &Geometry, op: &Op) -> Result<(), IoError> {
 type Opened = Result<(Geometry, DiskFacts, Arc<Bell>), OpenError>;
 
 /// The life of an I/O thread.
-fn io_thread(
-    path: PathBuf,
-    options: &OpenOptions,
-    shared: &Arc<Shared>,
-    tell: &mpsc::Sender<Opened>,
-) -> Result<(), IoError> {
+fn io_thread(sources: &[Source], shared: &Arc<Shared>, tell: &mpsc::Sender<Opened>) -> Result<(), IoError> {
+    let Some(Source { path, options }) = sources.first() else {
+        let _ = tell.send(Err(OpenError::Thread(std::io::Error::other("no image"))));
+        return Ok(());
+    };
     let opened = Engine::new(options.aio).and_then(|engine| {
-        let node = open_chain(&engine, &path, options)?;
+        let node = open_joined(&engine, sources)?;
         Ok((engine, node))
     });
     let (engine, node) = match opened {
@@ -349,7 +356,7 @@ fn io_thread(
         }
     };
     let facts = DiskFacts {
-        path,
+        path: path.clone(),
         format: node.format(),
         backing: node.backing_paths(),
         aio: engine.kind(),

@@ -16,6 +16,10 @@ pub(crate) struct File {
     engine: Rc<Engine>,
     fd: Arc<OwnedFd>,
     path: PathBuf,
+    /// Where in the file offset 0 is.
+    start: u64,
+    /// Where it must end.
+    limit: u64,
     now: Now,
     /// What offsets, lengths and addresses must be multiples of: 1 through the page cache.
     align: u64,
@@ -39,13 +43,19 @@ pub(crate) struct FileFacts {
     pub(crate) block_device: bool,
     pub(crate) read_only: bool,
     pub(crate) durable: bool,
+    /// Where in the file the image begins: a multiple of 512.
+    pub(crate) start: u64,
     pub(crate) len: u64,
+    /// Where it must end: `u64::MAX`, unless it is a part of a file.
+    pub(crate) limit: u64,
 }
 
 impl File {
     pub(crate) fn new(engine: Rc<Engine>, fd: OwnedFd, path: PathBuf, facts: &FileFacts) -> Self {
-        let &FileFacts { align, block_device, read_only, durable, len } = facts;
+        let &FileFacts { align, block_device, read_only, durable, start, len, limit } = facts;
         Self {
+            start,
+            limit,
             engine,
             now: Now::new(&fd, align > 1, block_device),
             fd: Arc::new(fd),
@@ -84,11 +94,20 @@ impl File {
         self.read_only
     }
 
-    async fn run(&self, action: Action) -> Result<usize, IoError> {
+    async fn run(&self, mut action: Action) -> Result<usize, IoError> {
+        if self.start > 0 {
+            action.shift(self.start);
+        }
         if let Some(result) = self.now.perform(&self.fd, &action) {
             return Ok(result?);
         }
         Ok(self.engine.run(Job { fd: Arc::clone(&self.fd), action }).await?)
+    }
+
+    /// The end of a range that is to be written.
+    fn end(&self, offset: u64, length: u64) -> Result<u64, IoError> {
+        let end = offset.checked_add(length).ok_or(IoError::Os(libc::EFBIG))?;
+        if end > self.limit { Err(IoError::NoSpace) } else { Ok(end) }
     }
 
     /// `fallocate(2)`.
@@ -160,7 +179,7 @@ impl File {
     /// Writes `views`, one after the other, at `offset`.
     pub(crate) async fn write(&self, offset: u64, views: &[View]) -> Result<(), IoError> {
         let total: usize = views.iter().map(View::len).sum();
-        let end = offset.checked_add(total as u64).ok_or(IoError::Os(libc::EFBIG))?;
+        let end = self.end(offset, total as u64)?;
         // Before, not after: should it fail midway, that place may not read as zeroes any more.
         self.len.set(self.len.get().max(end));
         if self.align > 1 {
@@ -225,7 +244,8 @@ impl File {
 
     /// The file for plain, blocking reads and writes by other threads, if it has no alignment rules.
     pub(crate) fn plain(&self) -> Option<PlainFile> {
-        (self.align == 1).then(|| PlainFile(Arc::clone(&self.fd)))
+        let file = || PlainFile { fd: Arc::clone(&self.fd), start: self.start };
+        (self.align == 1 && self.limit == u64::MAX).then(file)
     }
 
     /// Takes note that a [`PlainFile`] was written up to `end`.
@@ -241,9 +261,11 @@ impl File {
         if self.block_device {
             return Extent::new(offset, length, ExtentKind::Data, Some(offset));
         }
-        let (kind, until) = match seek(&*self.fd, SeekFrom::Data(offset)) {
+        let at = |seek: rustix::io::Result<u64>| seek.map(|found| found - self.start);
+        let place = self.start + offset;
+        let (kind, until) = match at(seek(&*self.fd, SeekFrom::Data(place))) {
             Ok(data) if data > offset => (ExtentKind::Zero, data),
-            Ok(_) => (ExtentKind::Data, seek(&*self.fd, SeekFrom::Hole(offset)).unwrap_or(end)),
+            Ok(_) => (ExtentKind::Data, at(seek(&*self.fd, SeekFrom::Hole(place))).unwrap_or(end)),
             // Nothing but a hole up to the end, or beyond it.
             Err(Errno::NXIO) => (ExtentKind::Zero, end),
             Err(_) => (ExtentKind::Data, end),
@@ -307,7 +329,7 @@ impl File {
     /// Makes the range read as zeroes. With `unmap` storage may be given back.
     pub(crate) async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), IoError> {
         const STEP: u64 = 1 << 20;
-        let end = offset.checked_add(length).ok_or(IoError::Os(libc::EFBIG))?;
+        let end = self.end(offset, length)?;
         if length == 0 {
             return Ok(());
         }
@@ -338,11 +360,22 @@ impl File {
         Ok(())
     }
 
+    /// Cuts a regular file after `len` bytes, if it is longer.
+    pub(crate) fn cut(&self, len: u64) -> Result<(), IoError> {
+        if self.block_device || self.limit != u64::MAX || len >= self.len.get() {
+            return Ok(());
+        }
+        rustix::fs::ftruncate(&*self.fd, self.start + len).map_err(std::io::Error::from)?;
+        self.len.set(len);
+        Ok(())
+    }
+
     /// Makes sure that later writes to the range find space. The contents are then undefined.
     pub(crate) async fn reserve(&self, offset: u64, length: u64) -> Result<(), IoError> {
         if self.block_device {
             return Ok(());
         }
+        self.end(offset, length)?;
         match self.allocate(0, offset, length).await {
             Ok(_) => {
                 self.len.set(self.len.get().max(offset + length));
@@ -358,14 +391,17 @@ impl File {
 
 /// A file for plain, blocking reads and writes.
 #[derive(Clone)]
-pub(crate) struct PlainFile(Arc<OwnedFd>);
+pub(crate) struct PlainFile {
+    fd: Arc<OwnedFd>,
+    start: u64,
+}
 
 impl PlainFile {
     /// Fills `bytes` from `offset` on. What lies beyond the file's end reads as zeroes.
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
         let mut done = 0;
         while done < bytes.len() {
-            match rustix::io::pread(&*self.0, &mut bytes[done..], offset + done as u64) {
+            match rustix::io::pread(&*self.fd, &mut bytes[done..], self.start + offset + done as u64) {
                 Ok(0) => {
                     bytes[done..].fill(0);
                     break;
@@ -378,11 +414,39 @@ impl PlainFile {
         Ok(())
     }
 
+    /// Lets the file system copy `length` bytes from `offset` on to another file; false when it cannot.
+    pub(crate) fn copy_to(
+        &self,
+        offset: u64,
+        target: &Self,
+        place: u64,
+        length: u64,
+    ) -> std::io::Result<bool> {
+        use rustix::io::Errno;
+        let (mut from, mut to, mut left) = (self.start + offset, target.start + place, length);
+        while left > 0 {
+            let most = to_usize(left.min(1 << 30));
+            match rustix::fs::copy_file_range(&*self.fd, Some(&mut from), &*target.fd, Some(&mut to), most) {
+                // At the source's end; or it cannot, after all.
+                Ok(0) => return Ok(false),
+                Ok(n) => left -= n as u64,
+                Err(Errno::INTR) => {}
+                Err(
+                    Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::IO,
+                ) => {
+                    return Ok(false);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(true)
+    }
+
     /// Writes `bytes` at `offset`.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         let mut done = 0;
         while done < bytes.len() {
-            match rustix::io::pwrite(&*self.0, &bytes[done..], offset + done as u64) {
+            match rustix::io::pwrite(&*self.fd, &bytes[done..], self.start + offset + done as u64) {
                 Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
                 Ok(n) => done += n,
                 Err(rustix::io::Errno::INTR) => {}

@@ -96,16 +96,37 @@ pub(crate) fn flag(text: &str) -> Result<bool, String> {
     }
 }
 
-/// What a [`CreateOption`] says in bytes, or in KiB, MiB or GiB with `K`, `M` or `G` after the number.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 20),
-        Some((at, 'g' | 'G')) => (&text[..at], 30),
+/// What a [`CreateOption`] says in bytes: decimal or hexadecimal, perhaps with a suffix of `bkKMGTPE` that stands for a
+/// power of 1024, and then perhaps with a fraction.
+///
+/// # Errors
+/// What would be right.
+pub fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text} is no number of bytes such as 65536, 64K or 2M");
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
+    }
+    let (number, shift) = match text.char_indices().last() {
+        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
+            let power = "bkmgtpe".find(suffix.to_ascii_lowercase()).ok_or_else(wrong)?;
+            (&text[..at], 10 * power)
+        }
         _ => (text, 0),
     };
-    let number = digits.parse().ok().and_then(|n: u64| n.checked_mul(1 << shift));
-    number.ok_or_else(|| format!("{text} is no number of bytes"))
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    let there = !whole.is_empty() && !number.ends_with('.') || !fraction.is_empty();
+    if !there || !digits(whole) || !digits(fraction) {
+        return Err(wrong());
+    }
+    let whole = if whole.is_empty() { 0 } else { whole.parse::<u64>().map_err(|_| wrong())? };
+    let mut bytes = u128::from(whole) << shift;
+    if !fraction.is_empty() {
+        let digits = &fraction[..fraction.len().min(18)];
+        let part: u64 = digits.parse().map_err(|_| wrong())?;
+        bytes += (u128::from(part) << shift) / 10u128.pow(u32::try_from(digits.len()).unwrap_or(0));
+    }
+    u64::try_from(bytes).map_err(|_| wrong())
 }
 
 impl Format {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::chain::ImageFile;
 use crate::nbd;
-use crate::{EncryptionInfo, Format, OpenError, VmdkInfo};
+use crate::{EncryptionInfo, FilePart, Format, OpenError, Source, VmdkInfo};
 
 /// Facts about an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -115,7 +115,18 @@ pub struct SnapshotInfo {
 /// # Errors
 /// [`OpenError`] when it cannot be read or is damaged.
 pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo, OpenError> {
-    let path = path.as_ref();
+    info_of(path.as_ref(), format, None)
+}
+
+/// As [`info`], for an image that may be only a part of a file.
+///
+/// # Errors
+/// As [`info`].
+pub fn info_of_source(source: &Source) -> Result<ImageInfo, OpenError> {
+    info_of(&source.path, source.options.format, source.options.part.as_ref())
+}
+
+fn info_of(path: &Path, format: Option<Format>, part: Option<&FilePart>) -> Result<ImageInfo, OpenError> {
     if nbd::is_address(path) {
         let (filename, virtual_size) = (path.to_owned(), nbd::size(path, format)?);
         // What it takes is the server's matter.
@@ -130,7 +141,10 @@ pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo,
             vmdk: None,
         });
     }
-    let image = ImageFile::open(path, false, false, &mut Vec::new())?;
+    let mut image = ImageFile::open(path, false, false, &mut Vec::new())?;
+    if let Some(part) = part {
+        image.narrow(part)?;
+    }
     let meta = image.plain().metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
     let format = image.format(format)?;
     let mut info = ImageInfo {

@@ -18,6 +18,9 @@ pub struct Keys {
     every: Option<Arc<Passphrase>>,
     images: Vec<(PathBuf, Arc<Passphrase>)>,
     headers: Vec<(PathBuf, PathBuf)>,
+    /// Passphrases and directories of certificates by the ids that image names have for them.
+    secrets: Vec<(String, Arc<Passphrase>)>,
+    certificates: Vec<(String, PathBuf)>,
     locked: bool,
     /// Volume keys of images opened before, by the digest in their headers: opening again takes no time.
     opened: Arc<Mutex<Vec<Opened>>>,
@@ -46,6 +49,32 @@ impl Keys {
         self.images.push((path.into(), Arc::new(passphrase)));
     }
 
+    /// Adds a passphrase that the names of images refer to by `id` ([`crate::Source::json`]).
+    pub fn add_secret(&mut self, id: impl Into<String>, passphrase: Passphrase) {
+        self.secrets.push((id.into(), Arc::new(passphrase)));
+    }
+
+    /// Adds a directory with certificates that the names of images refer to by `id`.
+    pub fn add_certificates(&mut self, id: impl Into<String>, directory: impl Into<PathBuf>) {
+        self.certificates.push((id.into(), directory.into()));
+    }
+
+    /// The passphrase with that id.
+    #[must_use]
+    pub fn secret(&self, id: &str) -> Option<&Passphrase> {
+        self.secrets.iter().rev().find(|(known, _)| known == id).map(|(_, passphrase)| &**passphrase)
+    }
+
+    pub(crate) fn certificates(&self, id: &str) -> Option<&Path> {
+        self.certificates.iter().rev().find(|(known, _)| known == id).map(|(_, directory)| &**directory)
+    }
+
+    /// The passphrase that was set for the image at `path`.
+    #[must_use]
+    pub fn of_image(&self, path: &Path) -> Option<&Passphrase> {
+        self.images.iter().rev().find(|(p, _)| same_file(p, path)).map(|(_, key)| &**key)
+    }
+
     /// Says that the LUKS header of the image at `path` is in a file of its own.
     pub fn set_header(&mut self, path: impl Into<PathBuf>, header: impl Into<PathBuf>) {
         self.headers.push((path.into(), header.into()));
@@ -56,8 +85,7 @@ impl Keys {
     /// # Errors
     /// [`OpenError::NeedsPassphrase`].
     pub(crate) fn of(&self, path: &Path) -> Result<&Passphrase, OpenError> {
-        let own = self.images.iter().rev().find(|(p, _)| same_file(p, path)).map(|(_, key)| key);
-        let key = own.or(self.every.as_ref()).map(|key| &**key);
+        let key = self.of_image(path).or(self.every.as_deref());
         key.ok_or_else(|| OpenError::NeedsPassphrase { path: path.to_owned() })
     }
 
@@ -154,6 +182,69 @@ pub fn remove_key(
     })
 }
 
+/// A change of key slots as `qemu-img amend` has them.
+#[derive(Debug, Clone, Copy)]
+pub enum SlotChange<'a> {
+    /// Takes a slot that is free for a new passphrase.
+    Use {
+        /// One that opens the image now.
+        known: &'a Passphrase,
+        /// The new one.
+        new: &'a Passphrase,
+        /// Take the slot with [`KeyOptions::slot`]'s number although it is in use.
+        force: bool,
+    },
+    /// Destroys the slot with [`KeyOptions::slot`]'s number.
+    Destroy,
+    /// Destroys all slots that open with this passphrase.
+    DestroyAll(&'a Passphrase),
+}
+
+/// Changes key slots of the image at `path`, asking for no more than `qemu-img amend` does: who can write the image can
+/// destroy slots. The last one is left.
+///
+/// # Errors
+/// As [`add_key`].
+pub fn change_slots(
+    path: impl AsRef<Path>,
+    change_to: SlotChange<'_>,
+    options: &KeyOptions,
+) -> Result<(), OpenError> {
+    change(path.as_ref(), options.format, |luks, area| match change_to {
+        SlotChange::Use { known, new, force } => {
+            let (key, _) = luks.unlock(area, known, None, Limits::default())?;
+            let taken = options.slot.filter(|slot| {
+                force && luks.info().is_ok_and(|info| info.slots.iter().any(|s| s.slot == *slot))
+            });
+            if let Some(slot) = taken {
+                // A second one first, so that there is always one that opens the image.
+                let spare = luks.add_key(area, &key, new, None, options.cost)?;
+                luks.remove_key(area, slot)?;
+                luks.add_key(area, &key, new, Some(slot), options.cost)?;
+                return luks.remove_key(area, spare);
+            }
+            luks.add_key(area, &key, new, options.slot, options.cost).map(drop)
+        }
+        SlotChange::Destroy => luks.remove_key(area, options.slot.unwrap_or(0)),
+        SlotChange::DestroyAll(old) => {
+            let slots: Vec<usize> = luks.info()?.slots.into_iter().map(|slot| slot.slot).collect();
+            let mut opened = Vec::new();
+            for &slot in &slots {
+                match luks.unlock(area, old, Some(slot), Limits::default()) {
+                    Ok(_) => opened.push(slot),
+                    Err(CryptError::WrongPassphrase) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            match opened.as_slice() {
+                [] => Err(CryptError::WrongPassphrase),
+                [first, ..] if opened.len() == slots.len() => Err(CryptError::LastSlot(*first)),
+                opened => opened.iter().try_for_each(|&slot| luks.remove_key(area, slot)),
+            }
+        }
+    })
+}
+
 fn opens_one_of(
     luks: &Luks,
     area: &FileArea<'_>,
@@ -179,7 +270,7 @@ fn change<T>(
 ) -> Result<T, OpenError> {
     let image = ImageFile::open(path, true, true, &mut Vec::new())?;
     let (start, len) = header_area(&image, format)?;
-    let area = FileArea::new(image.plain(), start, len);
+    let area = image.area(start, len);
     let fail = |source| OpenError::Encryption { path: path.to_owned(), source };
     let mut luks = Luks::read(&area).map_err(fail)?;
     work(&mut luks, &area).map_err(fail)

@@ -34,6 +34,7 @@ mod file;
 mod flat;
 mod format;
 mod info;
+mod joined;
 #[cfg(test)]
 mod journal;
 mod keys;
@@ -51,6 +52,7 @@ mod probe;
 mod qcow2;
 mod range_lock;
 mod raw;
+mod source;
 mod vdi;
 mod vhd;
 mod vhdx;
@@ -58,19 +60,19 @@ mod vmdk;
 
 pub use backend::{BlockBackend, Complete, Geometry, IoError, Op, Request};
 pub use bench::{BenchOptions, bench};
-pub use check::{CheckReport, check, check_unlocked};
-pub use commit::{Rebase, commit, rebase};
+pub use check::{CheckReport, check, check_source, check_unlocked};
+pub use commit::{CommitOptions, Rebase, commit, rebase};
 pub use compare::{Comparison, Difference, compare};
-pub use convert::{ConvertOptions, Progress, convert, export, import};
+pub use convert::{ConvertOptions, Progress, convert, convert_sources, export, import};
 pub use create::{BackingFile, Compression, CreateOptions, Preallocation, Qcow2Options, create};
 pub use disk::{Disk, DiskFacts};
 pub use encryption::{EncryptionInfo, EncryptionOptions};
 pub use error::OpenError;
 pub use exercise::{exercise_pieces, exercise_qcow2};
 pub use extent::{Extent, ExtentKind};
-pub use format::{CreateOption, Format};
-pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info};
-pub use keys::{KeyOptions, Keys, add_key, change_key, remove_key};
+pub use format::{CreateOption, Format, size as parse_size};
+pub use info::{BitmapInfo, ImageInfo, Qcow2Info, SnapshotInfo, info, info_of_source};
+pub use keys::{KeyOptions, Keys, SlotChange, add_key, change_key, change_slots, remove_key};
 pub use lock::Holder;
 pub use maintain::{
     Amend, BitmapAction, Repair, SnapshotAction, amend, bitmap, repair, resize, set_backing, snapshot,
@@ -80,10 +82,12 @@ pub use nbd::{
     NbdExport, NbdListener, NbdServer, NbdServerOptions, ServerTls as NbdServerTls, TlsError as NbdTlsError,
     exercise_nbd_client, exercise_nbd_server, is_address,
 };
-pub use options::{AioEngine, BackingPolicy, Cache, OpenOptions};
+pub use options::{AioEngine, BackingPolicy, Below, Cache, FilePart, OpenOptions, Source};
 pub use picture::{FileRun, FileUse, file_map};
+pub use source::beside;
 pub use terem_crypt::{
-    Algorithm, Cost, CryptError, Hash, IvGenerator, LuksInfo, MAX_PASSPHRASE, Mode, Passphrase, SlotInfo,
+    Algorithm, Cost, CryptError, Hash, IvGenerator, Luks1Info, LuksInfo, MAX_PASSPHRASE, Mode, Passphrase,
+    SlotInfo,
 };
 pub use terem_memory::{AlignedBuffer, IoMemory};
 pub use vdi::VdiOptions;

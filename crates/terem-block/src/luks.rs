@@ -47,7 +47,7 @@ pub(crate) fn failed(path: &Path, source: CryptError) -> OpenError {
 }
 
 fn read_header(image: &ImageFile) -> Result<Luks, OpenError> {
-    let area = FileArea::new(image.plain(), 0, image.len());
+    let area = image.area(0, image.len());
     Luks::read(&area).map_err(|e| failed(image.path(), e))
 }
 
@@ -117,7 +117,7 @@ impl LuksImage {
         let crypt = if keys.is_locked() {
             None
         } else {
-            let area = FileArea::new(holder.plain(), 0, holder.len());
+            let area = holder.area(0, holder.len());
             let cipher = unlock(image.path(), &area, &luks, keys)?;
             Some(Crypt::new(cipher, layout.iv_tweak))
         };

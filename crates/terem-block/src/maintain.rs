@@ -52,7 +52,7 @@ pub enum BitmapAction<'a> {
 }
 
 /// What [`amend`] is to change; `None` leaves it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Amend {
     /// Version of the format, 2 or 3.
     pub version: Option<u32>,
@@ -62,6 +62,10 @@ pub struct Amend {
     pub lazy_refcounts: Option<bool>,
     /// Bytes of the disk.
     pub size: Option<u64>,
+    /// The name of its data file, if it has one.
+    pub data_file: Option<String>,
+    /// Whether its data file is kept readable as a raw image; that can only be given up.
+    pub data_file_raw: Option<bool>,
 }
 
 /// Changes how the qcow2 image at `path` is made up.

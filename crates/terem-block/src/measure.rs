@@ -39,6 +39,10 @@ pub fn measure(
     let source = source.as_ref();
     let disk = Disk::open(source, &OpenOptions { read_only: true, ..options.clone() })?;
     let (size, cluster) = (disk.size(), u64::from(target.qcow2.cluster_size));
+    if target.backing.is_some() {
+        // What of it the backing file has cannot be known.
+        return measured(size, size.next_multiple_of(cluster), target);
+    }
     let (mut at, mut bytes, mut counted_to) = (0, 0, 0);
     while at < size {
         let length = LOOK_AHEAD.min(size - at);

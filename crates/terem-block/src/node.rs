@@ -113,6 +113,11 @@ pub(crate) trait Image: Any {
         Box::pin(async { Err(IoError::Unsupported("storage to write to")) })
     }
 
+    /// Lets the file end where the image does, when no request is under way.
+    fn trim(&self) -> Answer<'_> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Writes everything back. The image is not used after that.
     fn close(&self) -> Answer<'_> {
         self.flush()

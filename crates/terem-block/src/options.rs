@@ -51,6 +51,36 @@ pub enum BackingPolicy {
     None,
 }
 
+/// A part of a file, as QEMU's raw format has it: `offset` and `size`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FilePart {
+    /// Where it begins, a multiple of 512.
+    pub offset: u64,
+    /// Its bytes, a multiple of 512; `None`: up to the file's end.
+    pub size: Option<u64>,
+}
+
+/// What shows through where an image has nothing.
+#[derive(Debug, Clone, Default)]
+pub enum Below {
+    /// The backing file that the image names.
+    #[default]
+    AsWritten,
+    /// Nothing: such places read as zeroes.
+    Nothing,
+    /// This image.
+    Image(Box<Source>),
+}
+
+/// An image: where it is, and how it is to be opened.
+#[derive(Debug, Clone, Default)]
+pub struct Source {
+    /// Its file, or an NBD address.
+    pub path: PathBuf,
+    /// How it is to be opened.
+    pub options: OpenOptions,
+}
+
 /// How [`crate::Disk::open`] opens an image.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -78,6 +108,10 @@ pub struct OpenOptions {
     /// Most bytes of a qcow2 image's mapping tables kept in memory (at least four tables are). 4 MiB
     /// map 32 GiB at the default cluster size.
     pub table_cache: usize,
+    /// The image is only this part of its file.
+    pub part: Option<FilePart>,
+    /// What is below it, if that is not to be what the image says.
+    pub below: Below,
 }
 
 impl Default for OpenOptions {
@@ -93,6 +127,8 @@ impl Default for OpenOptions {
             keys: Keys::default(),
             lock: true,
             table_cache: 4 << 20,
+            part: None,
+            below: Below::AsWritten,
         }
     }
 }
@@ -102,5 +138,10 @@ impl OpenOptions {
     #[must_use]
     pub fn read_only() -> Self {
         Self { read_only: true, ..Self::default() }
+    }
+
+    /// For the images below: what is said of one image is not said of them.
+    pub(crate) fn of_below(&self) -> Self {
+        Self { snapshot: None, part: None, below: Below::AsWritten, ..self.clone() }
     }
 }

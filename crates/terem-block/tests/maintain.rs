@@ -332,8 +332,9 @@ fn chain(scratch: &Scratch) -> (std::path::PathBuf, std::path::PathBuf, Model) {
 fn overlays_are_committed() {
     let scratch = Scratch::new();
     let options = OpenOptions::default();
+    let emptied = terem_block::CommitOptions { empty: true, rate: None };
     let (mid, top, model) = chain(&scratch);
-    terem_block::commit(&top, &options, None, true, &mut |_, _| true).expect("committed");
+    terem_block::commit(&top, &options, None, emptied, &mut |_, _| true).expect("committed");
     model.assert_qemu_reads(&scratch, &mid);
     model.assert_qemu_reads(&scratch, &top);
     assert_clean(&mid);
@@ -342,11 +343,11 @@ fn overlays_are_committed() {
     // Past the one between.
     let (_, top, model) = chain(&scratch);
     let base = scratch.path("base.raw");
-    terem_block::commit(&top, &options, Some(&base), true, &mut |_, _| true).expect("committed");
+    terem_block::commit(&top, &options, Some(&base), emptied, &mut |_, _| true).expect("committed");
     assert!(std::fs::read(&base).expect("read") == model.0);
     model.assert_qemu_reads(&scratch, &top);
     let stranger =
-        terem_block::commit(&top, &options, Some(&scratch.path("top.qcow2")), true, &mut |_, _| true);
+        terem_block::commit(&top, &options, Some(&scratch.path("top.qcow2")), emptied, &mut |_, _| true);
     assert!(matches!(stranger, Err(OpenError::Limit { .. })), "{stranger:?}");
 }
 
@@ -361,7 +362,7 @@ fn overlays_are_rebased() {
         None,
     ] {
         let (_, top, model) = chain(&scratch);
-        let how = terem_block::Rebase::Safe;
+        let how = terem_block::Rebase::Safe { compress: false };
         terem_block::rebase(&top, &options, backing.as_ref(), how, &mut |_, _| true).expect("rebased");
         assert_clean(&top);
         model.assert_qemu_reads(&scratch, &top);
@@ -382,7 +383,7 @@ fn an_image_gets_its_first_backing_file() {
     let mut model = Model(vec![0; 2 << 20]);
     model.0[1 << 20..][..100 << 10].fill(7);
     let backing = BackingFile { path: "base.raw".into(), format: Format::Raw };
-    let (options, how) = (OpenOptions::default(), terem_block::Rebase::Safe);
+    let (options, how) = (OpenOptions::default(), terem_block::Rebase::Safe { compress: false });
     terem_block::rebase(&image, &options, Some(&backing), how, &mut |_, _| true).expect("rebased");
     assert_clean(&image);
     model.assert_qemu_reads(&scratch, &image);

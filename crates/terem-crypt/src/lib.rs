@@ -37,7 +37,7 @@ pub use cipher::{Algorithm, CipherSpec, IvGenerator, MAX_SECTOR, Mode, SECTOR, S
 pub use error::CryptError;
 pub use hash::Hash;
 pub use kdf::{Argon2Variant, Cost, Limits};
-pub use luks::{Layout, Luks, LuksInfo, SlotInfo};
+pub use luks::{Layout, Luks, Luks1Info, LuksInfo, SlotInfo};
 pub use luks1::{FormatOptions as Luks1Options, format as format_luks1};
 pub use luks2::{FormatOptions as Luks2Options, format as format_luks2};
 pub use secret::{MAX_PASSPHRASE, Passphrase, VolumeKey};

@@ -58,6 +58,18 @@ pub struct LuksInfo {
     pub degraded: bool,
     /// The key slots in use.
     pub slots: Vec<SlotInfo>,
+    /// All key slots of LUKS 1, as `qemu-img info` shows them.
+    #[serde(skip)]
+    pub luks1: Option<Luks1Info>,
+}
+
+/// What only LUKS 1 headers have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Luks1Info {
+    /// Iterations of the volume key's digest.
+    pub digest_iterations: u32,
+    /// All key slots: iterations and stripes, if it is in use, and the first byte of its material.
+    pub slots: Vec<(Option<(u32, u32)>, u64)>,
 }
 
 /// A key slot.
@@ -254,6 +266,20 @@ impl Luks {
             payload_offset: layout.offset,
             hash: hash.to_string(),
             degraded,
+            luks1: match &self.0 {
+                Version::One(header) => Some(Luks1Info {
+                    digest_iterations: header.digest_iterations,
+                    slots: header
+                        .slots
+                        .iter()
+                        .map(|slot| {
+                            let used = slot.active.then_some((slot.iterations, slot.stripes));
+                            (used, u64::from(slot.offset) * SECTOR as u64)
+                        })
+                        .collect(),
+                }),
+                Version::Two(_) => None,
+            },
             slots: match &self.0 {
                 Version::One(header) => header.slot_info(),
                 Version::Two(header) => header.metadata.slot_info(),

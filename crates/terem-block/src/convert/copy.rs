@@ -6,7 +6,8 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::worker::{Target, Worker};
-use super::{Copying, Progress, request};
+use super::{Copying, Pace, Progress, request};
+use crate::executor::LocalFuture;
 use crate::node::Node;
 use crate::{BlockBackend, Extent, ExtentKind, Format, IoError, OpenError};
 
@@ -138,6 +139,13 @@ pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), 
     if cancelled {
         return Err(OpenError::Cancelled);
     }
+    if !copying.options.existing {
+        // Storage that workers took ahead and did not need.
+        let trim = |node: std::rc::Rc<Node>| {
+            Box::pin(async move { node.image().trim().await }) as LocalFuture<'_, Result<(), IoError>>
+        };
+        copying.to.with_node(trim).map_err(|e| request(copying.target, "writing the copy", e))?;
+    }
     copying.to.flush_and_close().map_err(|e| request(copying.target, "writing the copy", e))?;
     progress(size, size);
     Ok(())
@@ -153,11 +161,11 @@ fn plan(
 ) -> Result<(), OpenError> {
     let size = copying.from.size();
     let needed = |extents: &[Extent]| extents.iter().any(|e| !target.skips(e) && !target.leaves_out(e));
+    let mut pace = Pace::new(copying.options.rate);
     let mut at = 0;
     while at < size {
         let length = LOOK_AHEAD.next_multiple_of(window).min(size - at);
-        let status = copying.from.block_status(at, length);
-        let extents = status.map_err(|e| request(copying.source, "asking where data is", e))?;
+        let extents = statuses(copying, at, length)?;
         let end = at + length;
         let mut rest = extents.as_slice();
         while at < end {
@@ -179,7 +187,12 @@ fn plan(
             rest = &rest[rest.iter().take_while(|e| e.end() <= stop).count()..];
             at = stop;
             if needed(&parts) {
+                let data: u64 = parts.iter().filter(|e| !e.is_zero()).map(|e| e.length).sum();
                 let window = Window { offset: start, length: stop - start, extents: parts };
+                if !pace.wait(data, tick) {
+                    shared.stop.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
                 if !shared.put(window, tick) {
                     return Ok(());
                 }
@@ -193,6 +206,26 @@ fn plan(
         }
     }
     Ok(())
+}
+
+/// What is where in a part of the source. What cannot be found out counts as data when the source is salvaged: reading
+/// it tells.
+fn statuses(copying: &Copying<'_>, at: u64, length: u64) -> Result<Vec<Extent>, OpenError> {
+    /// Least bytes to ask for, and so the most that are taken for data without need.
+    const LEAST: u64 = 64 << 10;
+    match copying.from.block_status(at, length) {
+        Err(error) if copying.options.salvage => {
+            if length <= LEAST {
+                (copying.options.warn)(&format!("error while reading block status at offset {at}: {error}"));
+                return Ok(vec![Extent::new(at, length, ExtentKind::Data, None)]);
+            }
+            let half = (length / 2).next_multiple_of(LEAST).min(length - 1);
+            let mut extents = statuses(copying, at, half)?;
+            extents.append(&mut statuses(copying, at + half, length - half)?);
+            Ok(extents)
+        }
+        result => result.map_err(|e| request(copying.source(), "asking where data is", e)),
+    }
 }
 
 /// The part of an extent that lies in `start..stop`.
@@ -210,7 +243,7 @@ fn plain_files(copying: &Copying<'_>) -> Result<Vec<Option<crate::file::PlainFil
             Ok::<_, IoError>(chain.map(|node: &Node| node.image().plain_data()?.plain()).collect())
         })
     });
-    files.map_err(|e| request(copying.source, "looking at its files", e))
+    files.map_err(|e| request(copying.source(), "looking at its files", e))
 }
 
 /// Whether data of this extent can be read from its file.

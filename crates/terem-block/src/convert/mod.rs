@@ -16,12 +16,14 @@ mod worker;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 pub use stream::{export, import};
 
 use crate::create::{create_as, other_files};
 use crate::{
     AioEngine, BackingPolicy, BlockBackend, Cache, CreateOptions, Disk, IoError, OpenError, OpenOptions,
+    Source,
 };
 use copy::copy;
 
@@ -47,6 +49,17 @@ pub struct ConvertOptions {
     pub durable: bool,
     /// Make the target under another name, and give it its own when it is complete.
     pub replace: bool,
+    /// With `existing`: how to open that image, if there is more to say than its format.
+    pub existing_open: Option<OpenOptions>,
+    /// Put zeroes where the source cannot be read, and warn, rather than give up.
+    pub salvage: bool,
+    /// Let the file system copy where both files have the bytes as they are (`copy_file_range`), without looking for
+    /// zeroes in them.
+    pub offload: bool,
+    /// Most bytes to write a second.
+    pub rate: Option<u64>,
+    /// Takes what is to be known of a copy that succeeds.
+    pub warn: fn(&str),
 }
 
 impl Default for ConvertOptions {
@@ -60,6 +73,11 @@ impl Default for ConvertOptions {
             share_backing: false,
             durable: true,
             replace: true,
+            existing_open: None,
+            salvage: false,
+            offload: false,
+            rate: None,
+            warn: |text| tracing::warn!("{text}"),
         }
     }
 }
@@ -79,43 +97,64 @@ pub fn convert(
     options: &ConvertOptions,
     progress: Progress<'_>,
 ) -> Result<(), OpenError> {
-    let (source, target) = (source.as_ref(), target.as_ref());
+    let source = Source { path: source.as_ref().to_owned(), options: source_options.clone() };
+    convert_sources(std::slice::from_ref(&source), target, target_options, options, progress)
+}
+
+/// As [`convert`], of several images whose disks come one after the other in the target.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_sources(
+    sources: &[Source],
+    target: impl AsRef<Path>,
+    target_options: &CreateOptions,
+    options: &ConvertOptions,
+    progress: Progress<'_>,
+) -> Result<(), OpenError> {
+    let target = target.as_ref();
     let threads = options.threads.unwrap_or_else(default_threads).clamp(1, 64);
-    let open = OpenOptions { read_only: true, ..source_options.clone() };
-    let from = Disk::open(source, &open)?;
+    let sources: Vec<Source> = sources
+        .iter()
+        .map(|source| Source { path: source.path.clone(), options: source_open(&source.options) })
+        .collect();
+    let from = Disk::open_sources(sources.clone())?;
     if crate::nbd::is_address(target) && !options.existing {
         // An export is there already: it is emptied, then filled.
         crate::create(target, &CreateOptions { size: Some(from.size()), ..target_options.clone() })?;
         drop(from);
         let options = ConvertOptions { existing: true, target_is_zero: true, ..options.clone() };
-        return convert(source, source_options, target, target_options, &options, progress);
+        return convert_sources(&sources, target, target_options, &options, progress);
     }
+    let sources = &sources;
     if options.existing {
         let open = target_open(target_options, options);
         let to = Disk::open(target, &open)?;
         check_size(target, to.size(), from.size())?;
-        copy(
-            &Copying { source, from, open: &source_open(source_options), target, to, threads, options },
-            progress,
-        )
+        copy(&Copying { sources, from, target, to, threads, options }, progress)
     } else {
         into_new(target, target_options, from.size(), options, |path, to| {
-            let open = source_open(source_options);
-            copy(&Copying { source, from, open: &open, target: path, to, threads, options }, progress)
+            copy(&Copying { sources, from, target: path, to, threads, options }, progress)
         })
     }
 }
 
 /// One copy.
 pub(crate) struct Copying<'a> {
-    pub(crate) source: &'a Path,
+    /// What further readers open.
+    pub(crate) sources: &'a [Source],
     pub(crate) from: Disk,
-    /// How further readers open the source.
-    pub(crate) open: &'a OpenOptions,
     pub(crate) target: &'a Path,
     pub(crate) to: Disk,
     pub(crate) threads: usize,
     pub(crate) options: &'a ConvertOptions,
+}
+
+impl Copying<'_> {
+    /// The source's path, for messages.
+    pub(crate) fn source(&self) -> &Path {
+        &self.from.facts().path
+    }
 }
 
 fn source_open(options: &OpenOptions) -> OpenOptions {
@@ -123,6 +162,9 @@ fn source_open(options: &OpenOptions) -> OpenOptions {
 }
 
 fn target_open(target: &CreateOptions, options: &ConvertOptions) -> OpenOptions {
+    if let Some(open) = options.existing_open.as_ref().filter(|_| options.existing) {
+        return open.clone();
+    }
     OpenOptions {
         format: Some(target.format),
         keys: target.keys.clone(),
@@ -221,6 +263,38 @@ impl Drop for Unfinished {
         }
         for path in &self.others {
             let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Keeps work to so many bytes a second.
+pub(crate) struct Pace {
+    begun: Instant,
+    rate: Option<u64>,
+    done: u64,
+}
+
+impl Pace {
+    pub(crate) fn new(rate: Option<u64>) -> Self {
+        Self { begun: Instant::now(), rate: rate.filter(|&rate| rate > 0), done: 0 }
+    }
+
+    /// Waits until `bytes` more may be worked on; false when `tick`, which is asked now and then, says to stop.
+    pub(crate) fn wait(&mut self, bytes: u64, tick: &mut dyn FnMut() -> bool) -> bool {
+        const STEP: Duration = Duration::from_millis(100);
+        let Some(rate) = self.rate else { return true };
+        let nanoseconds = u128::from(self.done) * 1_000_000_000 / u128::from(rate);
+        let due = self.begun + Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+        self.done = self.done.saturating_add(bytes);
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            thread::sleep(left.min(STEP));
+            if !tick() {
+                return false;
+            }
         }
     }
 }

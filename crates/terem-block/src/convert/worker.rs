@@ -15,6 +15,8 @@ use crate::{BlockBackend, Disk, Extent, ExtentKind, IoError, Op, OpenError, Requ
 
 /// Storage of the target that a worker takes at once.
 const POOL: u64 = 16 << 20;
+/// What is tried by itself where the source is hard to read.
+const SECTOR: usize = 512;
 /// Requests to the target that a worker does not wait for yet.
 const IN_FLIGHT: usize = 8;
 
@@ -29,6 +31,8 @@ pub(super) struct Target {
     zeroes: bool,
     /// Whether it has the source's backing files too.
     shares_backing: bool,
+    /// Whether zeroes may be left out at all.
+    sparse: bool,
 }
 
 enum How {
@@ -78,7 +82,8 @@ impl Target {
         let unknown =
             if options.existing { !options.target_is_zero } else { !copying.to.facts().zero_when_new };
         let zeroes = unknown || backed;
-        Ok(Self { unit, cluster, how, zeroes, shares_backing: backed && options.share_backing })
+        let (sparse, shares_backing) = (options.sparse > 0, backed && options.share_backing);
+        Ok(Self { unit, cluster, how, zeroes, shares_backing, sparse })
     }
 
     /// Whether the target has this already, from its backing file.
@@ -88,7 +93,7 @@ impl Target {
 
     /// Whether nothing needs to be written for it.
     pub(super) fn leaves_out(&self, extent: &Extent) -> bool {
-        extent.is_zero() && !self.zeroes
+        self.sparse && extent.is_zero() && !self.zeroes
     }
 }
 
@@ -138,6 +143,7 @@ impl<'a> Worker<'a> {
     fn work(&mut self) -> Result<(), OpenError> {
         let mut buffer = Vec::new();
         while let Some(window) = self.shared.next() {
+            let Some(window) = self.offload(window)? else { continue };
             buffer.resize(to_usize(window.length.next_multiple_of(self.target.unit)), 0);
             self.read(&window, &mut buffer)?;
             self.write(&window, &buffer)?;
@@ -151,6 +157,22 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
+    /// Lets the file system copy a window, if that is wanted and can be; gives the window back otherwise.
+    fn offload(&self, window: Window) -> Result<Option<Window>, OpenError> {
+        let How::Plain(target) = &self.target.how else { return Ok(Some(window)) };
+        if !self.copying.options.offload || self.target.zeroes {
+            return Ok(Some(window));
+        }
+        for extent in window.extents.iter().filter(|extent| !extent.is_zero()) {
+            let Some((file, host)) = self.file_of(extent) else { return Ok(Some(window)) };
+            if !file.copy_to(host, target, extent.offset, extent.length).map_err(|e| self.write_failed(e))? {
+                return Ok(Some(window));
+            }
+        }
+        self.shared.done.fetch_add(window.length, Ordering::Relaxed);
+        Ok(None)
+    }
+
     fn wait_for(&self, pending: &Receiver<Result<(), IoError>>) -> Result<(), OpenError> {
         pending.recv().unwrap_or(Err(IoError::Closed)).map_err(|e| self.write_failed(e))
     }
@@ -160,7 +182,7 @@ impl<'a> Worker<'a> {
     }
 
     fn read_failed(&self, source: impl Into<IoError>) -> OpenError {
-        request(self.copying.source, "reading the source", source.into())
+        request(self.copying.source(), "reading the source", source.into())
     }
 
     /// Fills the buffer with the window's contents; what follows is zeroes.
@@ -178,10 +200,15 @@ impl<'a> Worker<'a> {
             let part = &mut buffer[at..at + to_usize(length)];
             if first.is_zero() {
                 part.fill(0);
-            } else if let Some((file, host)) = self.file_of(first) {
-                file.read(host, part).map_err(|e| self.read_failed(e))?;
             } else {
-                self.read_by_request(first.offset, part)?;
+                let read = match self.file_of(first) {
+                    Some((file, host)) => file.read(host, part).map_err(|e| self.read_failed(e)),
+                    None => self.read_by_request(first.offset, part),
+                };
+                match read {
+                    Err(_) if self.copying.options.salvage => self.salvage(first.offset, part)?,
+                    result => result?,
+                }
             }
             at += to_usize(length);
             extents = &extents[n..];
@@ -196,9 +223,23 @@ impl<'a> Worker<'a> {
         if is_plain(extent) { extent.host.map(|host| (file, host)) } else { None }
     }
 
+    /// Reads what can be read, a sector at a time; the rest is zeroes.
+    fn salvage(&mut self, offset: u64, part: &mut [u8]) -> Result<(), OpenError> {
+        for (i, sector) in part.chunks_mut(SECTOR).enumerate() {
+            let at = offset + (i * SECTOR) as u64;
+            if let Err(error) = self.read_by_request(at, sector) {
+                sector.fill(0);
+                (self.copying.options.warn)(&format!(
+                    "error while reading offset {at}: {error}; it is zeroes in the copy"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn read_by_request(&mut self, offset: u64, part: &mut [u8]) -> Result<(), OpenError> {
         if self.reader.is_none() && wants_readers(self.copying.from.facts().format) {
-            self.reader = Some(Disk::open(self.copying.source, self.copying.open)?);
+            self.reader = Some(Disk::open_sources(self.copying.sources.to_vec())?);
         }
         let disk = self.reader.as_ref().unwrap_or(&self.copying.from);
         let memory = Arc::new(AlignedBuffer::new(part.len()));
@@ -210,7 +251,6 @@ impl<'a> Worker<'a> {
     /// Writes what is not zero.
     fn write(&mut self, window: &Window, buffer: &[u8]) -> Result<(), OpenError> {
         let unit = to_usize(self.target.unit);
-        let sparse = self.copying.options.sparse > 0;
         let target = self.target;
         let mut placed = Vec::new();
         let (mut at, length) = (0, to_usize(window.length));
@@ -221,7 +261,8 @@ impl<'a> Worker<'a> {
                 let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
                 if extents().all(|extent| target.skips(extent)) {
                     Kind::Skipped
-                } else if extents().all(Extent::is_zero) || sparse && is_zero(&buffer[at..at + unit]) {
+                } else if target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit]))
+                {
                     Kind::Zero
                 } else {
                     Kind::Data
@@ -308,7 +349,7 @@ impl<'a> Worker<'a> {
         let mut packed = Vec::new();
         for (i, cluster) in bytes.chunks(to_usize(packer.unit)).enumerate() {
             let at = i as u64 * packer.unit;
-            if is_zero(cluster) {
+            if self.target.sparse && is_zero(cluster) {
                 continue;
             }
             if let Some(smaller) = (packer.compress)(cluster) {

@@ -98,6 +98,16 @@ pub(crate) enum Action {
 }
 
 impl Action {
+    /// Moves it on by so many bytes of the file.
+    pub(crate) fn shift(&mut self, by: u64) {
+        match self {
+            Self::Read { offset, .. } | Self::Write { offset, .. } | Self::Allocate { offset, .. } => {
+                *offset = offset.saturating_add(by);
+            }
+            Self::Sync | Self::Receive { .. } | Self::Send { .. } => {}
+        }
+    }
+
     /// Whether it waits for a peer, for as long as that likes.
     fn is_socket(&self) -> bool {
         matches!(self, Self::Receive { .. } | Self::Send { .. })

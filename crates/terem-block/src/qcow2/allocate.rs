@@ -209,6 +209,25 @@ impl Qcow2 {
         self.reclaim().await
     }
 
+    /// Lets the file end with its last used cluster.
+    pub(super) async fn trim(&self) -> Result<(), IoError> {
+        self.reclaim().await?;
+        let _one = self.allocating.all().await;
+        let there = self.file.len().div_ceil(self.cluster_size());
+        let mut end = there;
+        while end > 0 {
+            let (index, place) = self.counts.place(end - 1);
+            if let Some(block) = self.present_block(index).await? {
+                let counts = self.counts;
+                if self.blocks.with(block, |b| counts.get(b, place)).unwrap_or(1) > 0 {
+                    break;
+                }
+            }
+            end -= 1;
+        }
+        if end < there { self.file.cut(end << self.bits()) } else { Ok(()) }
+    }
+
     /// Counts down what [`Qcow2::write_back`] found safe to count down.
     pub(super) async fn reclaim(&self) -> Result<(), IoError> {
         if self.reclaimable.borrow().is_empty() {

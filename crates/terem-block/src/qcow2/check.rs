@@ -111,6 +111,8 @@ impl References {
                 continue;
             }
             self.add(l2_offset, cluster, "an L2 table");
+            // As QEMU: what is in a row is told table by table.
+            self.next_host = 0;
             if !seen.insert(l2_offset) {
                 self.report.error(format!("two L1 entries refer to {l2_offset:#x}"));
                 continue;

@@ -56,7 +56,7 @@ impl DataCrypt {
         }
         let cipher = if physical {
             let (offset, length) = area(image, header)?;
-            let area = FileArea::new(image.plain(), offset, length);
+            let area = image.area(offset, length);
             let luks = read_luks(image, &area)?;
             unlock(path, &area, &luks, keys)?
         } else {
@@ -110,7 +110,7 @@ pub(super) fn describe(image: &ImageFile, header: &Header) -> Result<Option<Encr
         AES => Some(EncryptionInfo { method: "aes", luks: None }),
         _ => {
             let (offset, length) = area(image, header)?;
-            let luks = read_luks(image, &FileArea::new(image.plain(), offset, length))?;
+            let luks = read_luks(image, &image.area(offset, length))?;
             let facts = luks.info().map_err(|e| failed(image.path(), e))?;
             Some(EncryptionInfo { method: "luks", luks: Some(facts) })
         }

@@ -60,10 +60,9 @@ impl Qcow2 {
         } else {
             Tracking::default()
         };
-        let backing = match tables.header().backing.clone() {
-            Some(name) => Some(opening.open_backing(&name, tables.header().backing_format.as_deref())?),
-            None => None,
-        };
+        let header = tables.header();
+        let written = header.backing.as_deref().map(|name| (name, header.backing_format.as_deref()));
+        let backing = opening.open_below(written)?;
         let crypt = DataCrypt::open(&opening, tables.header())?;
         let options = opening.options;
         let data = opening.data_file(tables.header())?;
@@ -169,6 +168,10 @@ impl Image for Qcow2 {
 
     fn unplace(&self, host: u64, length: u64) -> Answer<'_> {
         Box::pin(self.give_back(host >> self.bits(), length >> self.bits()))
+    }
+
+    fn trim(&self) -> Answer<'_> {
+        Box::pin(self.trim())
     }
 
     fn compression(&self) -> Option<Packer> {

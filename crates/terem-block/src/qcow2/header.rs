@@ -188,13 +188,20 @@ impl Header {
             let method = header.crypt_method;
             return Err(unsupported(image, format!("encryption of method {method}"), CONVERT));
         }
-        if header.incompatible & COMPRESSION != 0 {
-            header.compression = match head.get(104).filter(|_| length > 104) {
-                Some(0) => Compression::Zlib,
-                Some(1) => Compression::Zstd,
-                other => return Err(unsupported(image, format!("compression type {other:?}"), CONVERT)),
-            };
-        }
+        // "If the incompatible bit "Compression type" is set, the compression type must not be zero", and the other way
+        // round.
+        let method = head.get(104).filter(|_| length > 104).copied();
+        header.compression = match (method, header.incompatible & COMPRESSION != 0) {
+            (None | Some(0), false) => Compression::Zlib,
+            (Some(1), true) => Compression::Zstd,
+            (Some(0 | 1), _) => {
+                return Err(OpenError::corrupt(
+                    image.path(),
+                    "its compression type and its feature bit disagree",
+                ));
+            }
+            (other, _) => return Err(unsupported(image, format!("compression type {other:?}"), CONVERT)),
+        };
         header.read_backing_name(image, &head)?;
         header.read_extensions(image, &head, length)?;
         header.check_tables(image)?;

@@ -6,7 +6,7 @@ use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
 use super::check::check_image;
 use super::edit::{Edit, read_l1};
 use super::entry::{Entry, Mapping, OFFSET};
-use super::header::{BITMAPS, DIRTY, Header, LAZY_REFCOUNTS};
+use super::header::{BITMAPS, DIRTY, EXTERNAL_DATA, Header, LAZY_REFCOUNTS, RAW_EXTERNAL};
 use super::snapshot::Snapshot;
 use super::tables::Tables;
 use crate::chain::ImageFile;
@@ -104,6 +104,19 @@ impl Edit<'_> {
             }
             let others = self.header.compatible & !LAZY_REFCOUNTS;
             self.header.compatible = if lazy { others | LAZY_REFCOUNTS } else { others };
+        }
+        if let Some(name) = &changes.data_file {
+            if self.header.incompatible & EXTERNAL_DATA == 0 {
+                return Err(self.limit("it has no data file"));
+            }
+            self.header.data_file = Some(name.clone());
+        }
+        match changes.data_file_raw {
+            Some(true) if self.header.autoclear & RAW_EXTERNAL == 0 => {
+                return Err(self.limit("data_file_raw cannot be set on an image that is there"));
+            }
+            Some(false) => self.header.autoclear &= !RAW_EXTERNAL,
+            _ => {}
         }
         if changes.version == Some(2) && self.header.version == 3 {
             self.downgrade()?;

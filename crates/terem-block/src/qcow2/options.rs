@@ -1,7 +1,7 @@
 //! What can be chosen for a new qcow2 image, as text.
 
 use crate::encryption::QCOW2_OPTIONS as ENCRYPT;
-use crate::format::CreateOption;
+use crate::format::{CreateOption, size};
 use crate::{Compression, CreateOptions, Preallocation};
 
 /// The options, by the names that QEMU gives them.
@@ -93,18 +93,4 @@ fn on_off(text: &str) -> Result<bool, String> {
         "off" | "false" | "no" => Ok(false),
         _ => Err("on or off".into()),
     }
-}
-
-/// A number of bytes with one of the suffixes K, M, G, T, or none.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text} is no number of bytes such as 65536, 64K or 2M");
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
-            let shift = "BKMGTPE".find(suffix.to_ascii_uppercase()).ok_or_else(wrong)? * 10;
-            (&text[..at], shift)
-        }
-        _ => (text, 0),
-    };
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(wrong)
 }

@@ -8,8 +8,8 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::{print, print_json};
 use terem_block::{
-    BackingFile, BitmapAction, OpenOptions, Preallocation, Qcow2Info, Rebase, SnapshotAction, bitmap,
-    snapshot,
+    BackingFile, BitmapAction, CommitOptions, OpenOptions, Preallocation, Qcow2Info, Rebase, SnapshotAction,
+    bitmap, snapshot,
 };
 use terem_config::ByteSize;
 
@@ -22,7 +22,8 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
         DiskCommand::Commit { image, base, keep } => {
             let progress = Progress::start();
             let mut tell = |done, total| progress.tell(done, total);
-            let result = terem_block::commit(&image.path, &open(image), base.as_deref(), !keep, &mut tell);
+            let how = CommitOptions { empty: !keep, rate: None };
+            let result = terem_block::commit(&image.path, &open(image), base.as_deref(), how, &mut tell);
             drop(progress);
             result.map_err(|error| failed("commit", &image.path, &error))?;
             Ok(Exit::Success)
@@ -30,7 +31,7 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
         DiskCommand::Rebase { image, backing, backing_format, r#unsafe } => {
             let backing =
                 backing.clone().zip(*backing_format).map(|(path, format)| BackingFile { path, format });
-            let how = if *r#unsafe { Rebase::Unsafe } else { Rebase::Safe };
+            let how = if *r#unsafe { Rebase::Unsafe } else { Rebase::Safe { compress: false } };
             let progress = Progress::start();
             let mut tell = |done, total| progress.tell(done, total);
             let result = terem_block::rebase(&image.path, &open(image), backing.as_ref(), how, &mut tell);

@@ -73,7 +73,7 @@ pub struct Amend {
     pub force: bool,
     #[arg(short, long, required = true)]
     pub options: Vec<String>,
-    pub filename: String,
+    pub filename: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -132,6 +132,24 @@ pub struct Bitmap {
     pub source_format: Option<String>,
     pub filename: String,
     pub bitmap: String,
+    /// What is to be done, in the order of the command line.
+    #[arg(skip)]
+    pub order: Vec<&'static str>,
+}
+
+impl Bitmap {
+    /// Takes down the order of what was given.
+    pub fn read_order(&mut self, matches: &clap::ArgMatches) {
+        let given = |name| {
+            let there = matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine);
+            let indices = matches.indices_of(name).into_iter().flatten();
+            indices.filter(move |_| there).map(move |index| (index, name))
+        };
+        let mut order: Vec<(usize, &'static str)> =
+            ["add", "remove", "clear", "enable", "disable", "merge"].into_iter().flat_map(given).collect();
+        order.sort_unstable();
+        self.order = order.into_iter().map(|(_, name)| name).collect();
+    }
 }
 
 #[derive(Debug, Args)]
@@ -200,8 +218,8 @@ pub struct Convert {
     pub source_snapshot: Option<String>,
     #[arg(short = 'T', long)]
     pub source_cache: Option<String>,
-    #[arg(short = 'O', long, default_value = "raw")]
-    pub target_format: String,
+    #[arg(short = 'O', long)]
+    pub target_format: Option<String>,
     #[arg(long)]
     pub target_image_opts: bool,
     #[arg(short = 'o', long)]
@@ -229,7 +247,7 @@ pub struct Convert {
     #[arg(short, long)]
     pub rate: Option<String>,
     #[arg(short = 'm', long)]
-    pub parallel: Option<usize>,
+    pub parallel: Option<String>,
     #[arg(short = 'C', long)]
     pub copy_range_offloading: bool,
     #[arg(short = 'W', long)]
@@ -242,7 +260,7 @@ pub struct Convert {
     pub progress: bool,
     #[arg(long)]
     pub object: Vec<String>,
-    #[arg(required = true, num_args = 2..)]
+    #[arg(num_args = 0..)]
     pub filenames: Vec<String>,
 }
 
@@ -258,7 +276,7 @@ pub struct Create {
     pub backing_format: Option<String>,
     #[arg(short = 'u', long)]
     pub backing_unsafe: bool,
-    pub filename: String,
+    pub filename: Option<String>,
     pub size: Option<String>,
 }
 

@@ -5,18 +5,23 @@
 
 mod arguments;
 mod change;
+mod convert;
 mod copy;
+mod describe;
+mod facts;
+mod keyslots;
+mod objects;
 mod show;
 mod text;
 
 use arguments::{Arguments, Command, Common};
-use clap::Parser;
+use clap::FromArgMatches;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
-use terem_block::{BackingPolicy, Format, OpenError, OpenOptions};
+use terem_block::{BackingPolicy, Format, Keys, OpenError, OpenOptions, Source};
 
 /// The version of qemu-img that this is like: programs look at it to know what there is.
 const VERSION: &str = "10.0.2";
@@ -60,7 +65,19 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         _ => {}
     }
-    let parsed = match Arguments::try_parse_from(arguments) {
+    // As getopt_long: names of options may be cut short, and the last of several counts.
+    let command = <Arguments as clap::CommandFactory>::command();
+    let command = command.mut_subcommands(|command| command.infer_long_args(true).args_override_self(true));
+    let parsed = command.try_get_matches_from(arguments);
+    let parsed = parsed.and_then(|matches| {
+        let mut arguments = Arguments::from_arg_matches(&matches)?;
+        if let (Command::Bitmap(bitmap), Some((_, matches))) = (&mut arguments.command, matches.subcommand())
+        {
+            bitmap.read_order(matches);
+        }
+        Ok(arguments)
+    });
+    let parsed = match parsed {
         Ok(parsed) => parsed,
         Err(error) => {
             let named = error.get(clap::error::ContextKind::InvalidSubcommand);
@@ -89,10 +106,10 @@ fn run(command: &Command) -> Outcome {
         Command::Check(check) => show::check(check),
         Command::Commit(commit) => change::commit(commit),
         Command::Compare(compare) => copy::compare(compare),
-        Command::Convert(convert) => copy::convert(convert),
+        Command::Convert(convert) => convert::convert(convert),
         Command::Create(create) => change::create(create),
         Command::Dd(dd) => copy::dd(dd),
-        Command::Info(info) => show::info(info),
+        Command::Info(info) => describe::info(info),
         Command::Map(map) => show::map(map),
         Command::Measure(measure) => show::measure(measure),
         Command::Rebase(rebase) => change::rebase(rebase),
@@ -117,72 +134,101 @@ fn maybe_format(name: Option<&String>) -> Result<Option<Format>, Failed> {
     name.map(|name| format_of(name)).transpose()
 }
 
-/// An image as given: a file name, or with `--image-opts` a list of options.
+/// An image as given: a file name or `json:{…}`, or with `--image-opts` a list of options.
 struct Named {
-    path: PathBuf,
-    options: OpenOptions,
+    /// The name as given.
+    text: String,
+    source: Source,
+}
+
+/// How a name is to be understood.
+struct Naming<'a> {
+    format: Option<&'a String>,
+    image_opts: bool,
+    force_share: bool,
+    keys: &'a Keys,
+}
+
+impl<'a> Naming<'a> {
+    /// What the options of most commands say.
+    fn of(common: &'a Common, keys: &'a Keys) -> Self {
+        let Common { format, image_opts, force_share, .. } = common;
+        Self { format: format.as_ref(), image_opts: *image_opts, force_share: *force_share, keys }
+    }
 }
 
 impl Named {
     fn new(filename: &str, common: &Common) -> Result<Self, Failed> {
-        if !common.object.is_empty() {
-            return Err(Failed::new("--object: objects such as secrets are not supported yet"));
-        }
-        Self::parse(filename, common.format.as_ref(), common.image_opts, common.force_share)
+        let keys = objects::keys(&common.object)?;
+        Self::parse(filename, &Naming::of(common, &keys))
     }
 
-    fn parse(
-        filename: &str,
-        format: Option<&String>,
-        image_opts: bool,
-        force_share: bool,
-    ) -> Result<Self, Failed> {
-        let mut named = Self {
-            path: filename.strip_prefix("file:").unwrap_or(filename).into(),
-            options: OpenOptions {
-                format: maybe_format(format)?,
-                lock: !force_share,
-                backing: BackingPolicy::Any,
-                ..OpenOptions::default()
-            },
+    fn parse(filename: &str, naming: &Naming<'_>) -> Result<Self, Failed> {
+        let base = OpenOptions {
+            lock: !naming.force_share,
+            backing: BackingPolicy::Any,
+            keys: naming.keys.clone(),
+            ..OpenOptions::default()
         };
-        if image_opts {
-            named.read_image_opts(filename)?;
+        let failed = |error: OpenError| {
+            Failed::new(format!("Could not open '{filename}': {}", crate::failure::chain(&error)))
+        };
+        let mut source = if naming.image_opts {
+            Source::from_options(filename, text::options(filename), &base)
+        } else {
+            Source::named(filename, &base)
         }
-        Ok(named)
+        .map_err(failed)?;
+        if let Some(format) = maybe_format(naming.format)? {
+            if source.options.format.is_some_and(|found| found != format) {
+                return Err(Failed::new(format!(
+                    "Could not open '{filename}': Cannot specify both -f and another driver"
+                )));
+            }
+            source.options.format = Some(format);
+        }
+        Ok(Self { text: filename.to_owned(), source })
     }
 
-    /// `driver=qcow2,file.filename=disk.img` and the like.
-    fn read_image_opts(&mut self, text: &str) -> Result<(), Failed> {
-        let mut file = None;
-        for (name, value) in text::options(text) {
-            match name.as_str() {
-                "driver" if value == "file" => self.options.format = Some(Format::Raw),
-                "driver" => self.options.format = Some(format_of(&value)?),
-                "filename" | "file.filename" | "file.file.filename" => file = Some(value),
-                "file.driver" | "file.file.driver" if value == "file" || value == "raw" => {}
-                "read-only" | "cache.direct" | "cache.no-flush" | "file.locking" | "discard" => {}
-                "force-share" => self.options.lock = value != "on",
-                _ => return Err(Failed::new(format!("--image-opts: '{name}={value}' is not supported"))),
-            }
-        }
-        self.path = file.ok_or_else(|| Failed::new("--image-opts: a file name is missing"))?.into();
-        Ok(())
+    fn path(&self) -> &Path {
+        &self.source.path
+    }
+
+    fn options(&self) -> &OpenOptions {
+        &self.source.options
+    }
+
+    fn format(&self) -> Option<Format> {
+        self.source.options.format
     }
 
     fn read_only(&self) -> OpenOptions {
-        OpenOptions { read_only: true, ..self.options.clone() }
+        OpenOptions { read_only: true, ..self.source.options.clone() }
+    }
+
+    /// The image, if it is a whole file: what is changed in place must be.
+    fn whole(&self) -> Result<&Path, Failed> {
+        if self.source.options.part.is_some() {
+            return Err(Failed::new(format!("'{}': a part of a file cannot be changed by this", self.text)));
+        }
+        Ok(self.path())
+    }
+
+    /// The name as it is printed.
+    fn shown(&self) -> String {
+        describe::name_of(&self.source)
     }
 
     /// "Could not open …", as qemu-img says it.
     fn failed(&self, error: &OpenError) -> Failed {
+        let image = self.shown();
         if let OpenError::NotFound { path } = error {
-            let (image, path) = (self.path.display(), path.display());
+            let path = path.display();
             return Failed::new(format!(
                 "Could not open '{image}': Could not open '{path}': No such file or directory"
             ));
         }
-        Failed::new(format!("Could not open '{}': {}", self.path.display(), crate::failure::chain(error)))
+        Failed::new(format!("Could not open '{image}': {}", crate::failure::chain(error)))
     }
 }
 

@@ -2,36 +2,15 @@
 
 use super::Failed;
 use serde::Serialize;
+use serde_json::Value;
 use terem_block::Format;
 
 /// A number of bytes: decimal or hexadecimal, perhaps with a fraction, and with a suffix of `bkKMGTPE`.
 pub fn size(text: &str) -> Result<u64, Failed> {
-    let wrong =
-        || Failed::new(format!("Invalid size '{text}'; it is a number with an optional suffix of bkKMGTPE"));
-    if let Some(digits) = text.strip_prefix("0x") {
-        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
-    }
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, suffix)) if suffix.is_ascii_alphabetic() => {
-            let power = "bkmgtpe".find(suffix.to_ascii_lowercase()).ok_or_else(wrong)?;
-            (&text[..at], 10 * power)
-        }
-        _ => (text, 0),
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let unit = 1u128 << shift;
-    let whole = if whole.is_empty() && !fraction.is_empty() {
-        0
-    } else {
-        whole.parse::<u64>().map_err(|_| wrong())?
-    };
-    let mut bytes = u128::from(whole) * unit;
-    if !fraction.is_empty() {
-        let digits = &fraction[..fraction.len().min(18)];
-        let part: u64 = digits.parse().map_err(|_| wrong())?;
-        bytes += u128::from(part) * unit / 10u128.pow(u32::try_from(digits.len()).unwrap_or(0));
-    }
-    u64::try_from(bytes).ok().filter(|&bytes| i64::try_from(bytes).is_ok()).ok_or_else(wrong)
+    let bytes = terem_block::parse_size(text).ok().filter(|&bytes| i64::try_from(bytes).is_ok());
+    bytes.ok_or_else(|| {
+        Failed::new(format!("Invalid size '{text}'; it is a number with an optional suffix of bkKMGTPE"))
+    })
 }
 
 /// The items of `name=value,name=value`; a comma in a value is doubled. A name alone is `on`.
@@ -55,6 +34,21 @@ pub fn options(text: &str) -> Vec<(String, String)> {
     items.into_iter().filter(|item| !item.is_empty()).map(pair).collect()
 }
 
+/// The items of all `-o` of a command line, which must be lists.
+pub fn option_items(lists: &[String]) -> Result<Vec<(String, String)>, Failed> {
+    let mut items = Vec::new();
+    for list in lists {
+        // Put together by commas they must not run into each other.
+        let trailing = list.bytes().rev().take_while(|&b| b == b',').count();
+        let leading = list.bytes().take_while(|&b| b == b',').count();
+        if list.is_empty() || trailing % 2 == 1 || leading > 0 {
+            return Err(Failed::new(format!("Invalid option list: {list}")));
+        }
+        items.append(&mut options(list));
+    }
+    Ok(items)
+}
+
 /// The name that qemu-img has for a format.
 pub fn format_name(format: Format) -> &'static str {
     match format.name() {
@@ -63,14 +57,97 @@ pub fn format_name(format: Format) -> &'static str {
     }
 }
 
+/// The order in which qemu-img prints the members of an object; the rest comes before them, in alphabetical order.
+const ORDER: [&str; 46] = [
+    "icount",
+    "vm-clock-nsec",
+    "name",
+    "date-sec",
+    "date-nsec",
+    "vm-clock-sec",
+    "id",
+    "vm-state-size",
+    "info",
+    "image-end-offset",
+    "total-clusters",
+    "check-errors",
+    "corruptions",
+    "leaks",
+    "corruptions-fixed",
+    "leaks-fixed",
+    "allocated-clusters",
+    "fragmented-clusters",
+    "compressed-clusters",
+    "children",
+    "snapshots",
+    "bitmaps",
+    "required",
+    "fully-allocated",
+    "backing-filename-format",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "type",
+    "format-specific",
+    "data",
+    "full-backing-filename",
+    "backing-filename",
+    "encrypted",
+    "compat",
+    "compression-type",
+    "lazy-refcounts",
+    "refcount-bits",
+    "encrypt",
+    "data-file",
+    "data-file-raw",
+    "corrupt",
+    "extended-l2",
+    "dirty-flag",
+];
+
 /// JSON with an indentation of four, and a line's end.
 pub fn json(value: &impl Serialize) -> Result<String, Failed> {
-    let mut bytes = Vec::new();
-    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
-    value.serialize(&mut serializer).map_err(Failed::new)?;
-    bytes.push(b'\n');
-    String::from_utf8(bytes).map_err(Failed::new)
+    let value = serde_json::to_value(value).map_err(Failed::new)?;
+    let mut text = String::new();
+    print(&mut text, &value, 0);
+    Ok(text + "\n")
+}
+
+fn print(text: &mut String, value: &Value, depth: usize) {
+    let line = |text: &mut String, depth: usize| {
+        text.push('\n');
+        text.push_str(&"    ".repeat(depth));
+    };
+    match value {
+        Value::Array(items) => {
+            text.push('[');
+            for (i, item) in items.iter().enumerate() {
+                text.push_str(if i > 0 { "," } else { "" });
+                line(text, depth + 1);
+                print(text, item, depth + 1);
+            }
+            line(text, depth);
+            text.push(']');
+        }
+        Value::Object(map) => {
+            text.push('{');
+            let mut members: Vec<_> = map.iter().collect();
+            members
+                .sort_by_key(|(name, _)| ORDER.iter().position(|known| known == name).map_or(0, |at| at + 1));
+            for (i, (name, item)) in members.into_iter().enumerate() {
+                text.push_str(if i > 0 { "," } else { "" });
+                line(text, depth + 1);
+                text.push_str(&Value::from(name.as_str()).to_string());
+                text.push_str(": ");
+                print(text, item, depth + 1);
+            }
+            line(text, depth);
+            text.push('}');
+        }
+        plain => text.push_str(&plain.to_string()),
+    }
 }
 
 /// A size as qemu-img prints it: three digits, `1 MiB`, `28.5 KiB`.
@@ -82,17 +159,23 @@ pub fn human(bytes: u64) -> String {
         unit += 1;
         divisor <<= 10;
     }
-    // Thousandths, rounded to three significant digits.
-    let thousandths = u128::from(bytes) * 1000 / divisor;
-    let step = match thousandths {
-        0..10_000 => 10,
-        10_000..100_000 => 100,
-        _ => 1000,
+    let whole = u128::from(bytes) / divisor;
+    let scale = match whole {
+        0..10 => 100,
+        10..100 => 10,
+        _ => 1,
     };
-    let rounded = (thousandths + step / 2) / step * step;
-    let (whole, fraction) = (rounded / 1000, rounded % 1000);
-    let number = if fraction == 0 { whole.to_string() } else { format!("{whole}.{fraction:03}") };
-    let number = if number.contains('.') { number.trim_end_matches('0') } else { &number };
+    // Rounded to three significant digits, a half to the even one, as C's printf does.
+    let scaled = u128::from(bytes) * scale;
+    let (floor, rest) = (scaled / divisor, scaled % divisor);
+    let up = rest * 2 > divisor || rest * 2 == divisor && floor % 2 == 1;
+    let rounded = floor + u128::from(up);
+    let (whole, fraction) = (rounded / scale, rounded % scale);
+    let number = match (scale, fraction) {
+        (_, 0) => whole.to_string(),
+        (10, fraction) => format!("{whole}.{fraction}"),
+        (_, fraction) => format!("{whole}.{fraction:02}").trim_end_matches('0').to_owned(),
+    };
     format!("{number} {}", UNITS[unit])
 }
 
@@ -120,9 +203,15 @@ mod tests {
 
     #[test]
     fn sizes_for_people() {
-        for (bytes, text) in
-            [(0, "0 B"), (29184, "28.5 KiB"), (1 << 20, "1 MiB"), (197_120, "193 KiB"), (1000, "0.98 KiB")]
-        {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (29184, "28.5 KiB"),
+            (1 << 20, "1 MiB"),
+            (197_120, "192 KiB"),
+            (328_192, "320 KiB"),
+            (1234, "1.21 KiB"),
+            (1000, "0.98 KiB"),
+        ] {
             assert_eq!(human(bytes), text);
         }
     }

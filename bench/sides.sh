@@ -50,6 +50,21 @@ median() {
   printf '%s\n' "$@" | sort -n | awk '{a[NR] = $1} END {print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2}'
 }
 
+# warm DIRECTORY MIB: has the host of a virtual machine give it that much memory, by a file that is removed again. Memory that
+# the machine did not use for some seconds is taken away by some hosts; without this, who comes first pays for it.
+warm() {
+  head -c "${2}M" /dev/zero >"$1/warm"
+  rm "$1/warm"
+}
+
+# cpu_seconds PID: what a process (with its threads) has used so far.
+cpu_seconds() {
+  local stat ticks
+  stat=$(<"/proc/$1/stat")
+  read -r -a ticks <<<"${stat##*) }"
+  awk -v ticks=$((ticks[11] + ticks[12])) -v second="$(getconf CLK_TCK)" 'BEGIN {printf "%.2f", ticks / second}'
+}
+
 # What the numbers were measured on, as a JSON object.
 machine_json() {
   printf '{"cpu": "%s", "cpus": %d, "kernel": "%s", "qemu": "%s", "terem": "%s"}' \

@@ -85,6 +85,17 @@ pub(crate) trait Image: Any {
         Box::pin(async { Err(IoError::Unsupported("compressed clusters")) })
     }
 
+    /// How compressed clusters are decompressed that [`Self::packed`] finds, and the file they are in.
+    fn unpacking(&self) -> Option<(&File, Unpacker)> {
+        None
+    }
+
+    /// The compressed clusters that hold a part of the disk, in order.
+    fn packed(&self, offset: u64, length: u64) -> Answer<'_, Vec<Packed>> {
+        let _ = (offset, length);
+        Box::pin(async { Err(IoError::Unsupported("compressed clusters")) })
+    }
+
     /// The file in which data lies as it is where [`Extent::host`] says, for whoever reads it past this image.
     fn plain_data(&self) -> Option<&File> {
         None
@@ -133,6 +144,27 @@ pub(crate) struct Packer {
     pub(crate) always: bool,
     /// Compresses one on any thread; `None` if that does not make it smaller.
     pub(crate) compress: fn(&[u8]) -> Option<Vec<u8>>,
+}
+
+/// How an image's compressed clusters are decompressed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unpacker {
+    /// Bytes of a cluster.
+    pub(crate) unit: u64,
+    /// Decompresses one on any thread, to exactly as many bytes as the second slice has. What follows it in the first
+    /// does not matter.
+    pub(crate) decompress: fn(&[u8], &mut [u8]) -> std::io::Result<()>,
+}
+
+/// A compressed cluster.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packed {
+    /// Its first byte's place on the disk.
+    pub(crate) offset: u64,
+    /// Where it is in the file.
+    pub(crate) host: u64,
+    /// Most bytes that it takes there.
+    pub(crate) length: u64,
 }
 
 /// An opened image of any format.

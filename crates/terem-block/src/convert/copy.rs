@@ -2,14 +2,16 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::worker::{Target, Worker};
+use super::source::{largest_packed, parts};
+use super::target::Target;
+use super::worker::Worker;
 use super::{Copying, Pace, Progress, request};
 use crate::executor::LocalFuture;
 use crate::node::Node;
-use crate::{BlockBackend, Extent, ExtentKind, Format, IoError, OpenError};
+use crate::{BlockBackend, Extent, ExtentKind, IoError, OpenError};
 
 /// Bytes of a window, unless a cluster of the target is larger.
 const WINDOW: u64 = 1 << 20;
@@ -31,69 +33,128 @@ pub(super) struct Window {
 #[derive(Default)]
 pub(super) struct Shared {
     queue: Mutex<Queue>,
-    changed: Condvar,
+    /// There is a window, or no more will come.
+    more: Condvar,
+    /// There is room for windows, or a worker has ended.
+    room: Condvar,
     stop: AtomicBool,
     /// Bytes done by workers.
     pub(super) done: AtomicU64,
+    /// Held by the worker that writes to the target's file.
+    pub(super) writing: Mutex<()>,
 }
 
 #[derive(Default)]
 struct Queue {
     windows: VecDeque<Window>,
+    /// Workers that wait for a window.
+    waiting: usize,
+    /// Workers that have not ended.
+    workers: usize,
     ended: bool,
     failed: Option<OpenError>,
 }
 
+/// A worker; it has ended when this is dropped, in whichever way.
+pub(super) struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.lock().workers -= 1;
+        self.0.room.notify_all();
+    }
+}
+
 impl Shared {
-    /// The next window to work on.
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be kept by a worker while it works.
+    pub(super) fn worker_ends(&self) -> Ended<'_> {
+        Ended(self)
+    }
+
+    /// The next window to work on, once there is one.
     pub(super) fn next(&self) -> Option<Window> {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.lock();
         loop {
-            if self.stop.load(Ordering::Relaxed) {
-                return None;
-            }
-            if let Some(window) = queue.windows.pop_front() {
-                self.changed.notify_all();
+            if let Some(window) = self.take(&mut queue) {
                 return Some(window);
             }
-            if queue.ended {
+            if queue.ended || self.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting += 1;
+            queue = self.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
         }
+    }
+
+    /// The next window to work on, if there is one now.
+    pub(super) fn next_if_any(&self) -> Option<Window> {
+        self.take(&mut self.lock())
+    }
+
+    fn take(&self, queue: &mut Queue) -> Option<Window> {
+        if self.stop.load(Ordering::Relaxed) {
+            return None;
+        }
+        // Not for each: the planner makes many at once.
+        if queue.windows.len() == QUEUE / 2 {
+            self.room.notify_all();
+        }
+        queue.windows.pop_front()
     }
 
     /// Ends the copy with an error, if it has none yet.
     pub(super) fn fail(&self, error: OpenError) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.failed.get_or_insert(error);
+        self.lock().failed.get_or_insert(error);
+        self.stop();
+    }
+
+    fn stop(&self) {
+        // With the lock: nobody is then between looking at it and going to sleep.
+        let _queue = self.lock();
         self.stop.store(true, Ordering::Relaxed);
-        self.changed.notify_all();
+        self.more.notify_all();
+        self.room.notify_all();
     }
 
     /// Puts a window in when there is room; false when the copy has ended.
     fn put(&self, window: Window, tick: &mut dyn FnMut() -> bool) -> bool {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.lock();
         while queue.windows.len() >= QUEUE && !self.stop.load(Ordering::Relaxed) {
-            queue = self.changed.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self.room.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner).0;
             drop(queue);
             if !tick() {
-                self.stop.store(true, Ordering::Relaxed);
+                self.stop();
             }
-            queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue = self.lock();
         }
         queue.windows.push_back(window);
-        self.changed.notify_all();
+        if queue.waiting > 0 {
+            self.more.notify_one();
+        }
         !self.stop.load(Ordering::Relaxed)
     }
 
     fn end(&self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
-        self.changed.notify_all();
+        self.lock().ended = true;
+        self.more.notify_all();
     }
 
-    fn drained(&self) -> bool {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).windows.is_empty()
+    /// Waits until the workers have ended.
+    fn wait_for_workers(&self, tick: &mut dyn FnMut() -> bool) {
+        let mut queue = self.lock();
+        while queue.workers > 0 {
+            queue = self.room.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner).0;
+            drop(queue);
+            if !tick() {
+                self.stop();
+            }
+            queue = self.lock();
+        }
     }
 }
 
@@ -101,15 +162,15 @@ impl Shared {
 pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), OpenError> {
     let size = copying.from.size();
     let target = Target::look_at(copying)?;
-    let window = WINDOW.max(target.unit);
+    let parts = parts(copying)?;
+    let window = WINDOW.max(target.unit).max(largest_packed(&parts));
     let shared = Shared::default();
-    let files = plain_files(copying)?;
+    shared.lock().workers = copying.threads;
     let mut cancelled = false;
     std::thread::scope(|scope| {
-        let mut workers = Vec::new();
         for _ in 0..copying.threads {
-            let worker = Worker::new(copying, &shared, &target, &files);
-            workers.push(scope.spawn(move || worker.run()));
+            let worker = Worker::new(copying, &shared, &target, &parts);
+            scope.spawn(move || worker.run());
         }
         let mut tick = || {
             let on = progress(shared.done.load(Ordering::Relaxed).min(size), size);
@@ -120,20 +181,9 @@ pub(super) fn copy(copying: &Copying<'_>, progress: Progress<'_>) -> Result<(), 
             shared.fail(e);
         }
         shared.end();
-        while !workers.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-            if shared.drained() {
-                // The last windows are short work.
-                std::thread::sleep(Duration::from_micros(200));
-            } else {
-                std::thread::sleep(TICK / 10);
-            }
-            if !tick() {
-                shared.stop.store(true, Ordering::Relaxed);
-                shared.changed.notify_all();
-            }
-        }
+        shared.wait_for_workers(&mut tick);
     });
-    if let Some(error) = shared.queue.lock().unwrap_or_else(PoisonError::into_inner).failed.take() {
+    if let Some(error) = shared.lock().failed.take() {
         return Err(error);
     }
     if cancelled {
@@ -190,7 +240,7 @@ fn plan(
                 let data: u64 = parts.iter().filter(|e| !e.is_zero()).map(|e| e.length).sum();
                 let window = Window { offset: start, length: stop - start, extents: parts };
                 if !pace.wait(data, tick) {
-                    shared.stop.store(true, Ordering::Relaxed);
+                    shared.stop();
                     return Ok(());
                 }
                 if !shared.put(window, tick) {
@@ -201,7 +251,7 @@ fn plan(
             }
         }
         if !tick() {
-            shared.stop.store(true, Ordering::Relaxed);
+            shared.stop();
             return Ok(());
         }
     }
@@ -233,25 +283,4 @@ fn part(extent: &Extent, start: u64, stop: u64) -> Extent {
     let from = extent.offset.max(start);
     let host = extent.host.map(|host| host + (from - extent.offset));
     Extent { offset: from, length: extent.end().min(stop) - from, host, ..*extent }
-}
-
-/// The files of the source's chain that data can be read from as it is, by depth.
-fn plain_files(copying: &Copying<'_>) -> Result<Vec<Option<crate::file::PlainFile>>, OpenError> {
-    let files = copying.from.with_node(|node| {
-        Box::pin(async move {
-            let chain = std::iter::successors(Some(&*node), |node| node.backing());
-            Ok::<_, IoError>(chain.map(|node: &Node| node.image().plain_data()?.plain()).collect())
-        })
-    });
-    files.map_err(|e| request(copying.source(), "looking at its files", e))
-}
-
-/// Whether data of this extent can be read from its file.
-pub(super) fn is_plain(extent: &Extent) -> bool {
-    extent.kind == ExtentKind::Data && extent.host.is_some()
-}
-
-/// Whether the format has compressed clusters, which are best read by several readers.
-pub(super) fn wants_readers(format: Format) -> bool {
-    !matches!(format, Format::Raw | Format::Luks)
 }

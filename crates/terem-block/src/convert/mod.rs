@@ -10,7 +10,9 @@
 //! A window is small enough to stay in a processor's cache from the read to the write.
 
 mod copy;
+mod source;
 mod stream;
+mod target;
 mod worker;
 
 use std::fs;
@@ -305,8 +307,7 @@ pub(crate) fn request(path: &Path, doing: &'static str, source: IoError) -> Open
 
 /// Whether all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    let (chunks, rest) = bytes.as_chunks::<64>();
-    // Each block is looked at as a whole: that is what processors are quick at.
-    chunks.iter().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-        && rest.iter().all(|byte| *byte == 0)
+    // The C library compares with the widest registers that the processor has.
+    static ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|chunk| *chunk == ZEROES[..chunk.len()])
 }

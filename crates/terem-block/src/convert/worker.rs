@@ -1,101 +1,32 @@
-//! The workers of a copy: each takes a window from source to target.
+//! The workers of a copy: each takes windows from source to target.
+//!
+//! Kernels write to one place of a file at a time, and let all others who write to it wait. So a worker that finds
+//! another one writing reads its next window meanwhile, as long as it has room for one.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 
-use terem_memory::{AlignedBuffer, IoMemory};
+use terem_memory::AlignedBuffer;
 
-use super::copy::{Shared, Window, is_plain, wants_readers};
+use super::copy::{Shared, Window};
+use super::source::{Part, Reader};
+use super::target::{How, Target};
 use super::{Copying, is_zero, request};
 use crate::file::{PlainFile, to_usize};
 use crate::node::Packer;
-use crate::{BlockBackend, Disk, Extent, ExtentKind, IoError, Op, OpenError, Request};
+use crate::{BlockBackend, Extent, IoError, Op, OpenError, Request};
 
 /// Storage of the target that a worker takes at once.
 const POOL: u64 = 16 << 20;
-/// What is tried by itself where the source is hard to read.
-const SECTOR: usize = 512;
 /// Requests to the target that a worker does not wait for yet.
 const IN_FLIGHT: usize = 8;
-
-/// What the target can do.
-pub(super) struct Target {
-    /// Bytes that are written, or left out as zeroes, together.
-    pub(super) unit: u64,
-    /// Bytes between two places in its file.
-    cluster: u64,
-    how: How,
-    /// Whether zeroes must be written: what is there now may be something else.
-    zeroes: bool,
-    /// Whether it has the source's backing files too.
-    shares_backing: bool,
-    /// Whether zeroes may be left out at all.
-    sparse: bool,
-}
-
-enum How {
-    /// Its file is the disk.
-    Plain(PlainFile),
-    /// It gives out storage in its file.
-    Place(PlainFile),
-    /// Compressed clusters, and what cannot be compressed by requests.
-    Compress(Packer),
-    /// By requests.
-    Requests,
-}
-
-impl Target {
-    pub(super) fn look_at(copying: &Copying<'_>) -> Result<Self, OpenError> {
-        let facts = copying.to.with_node(|node| {
-            Box::pin(async move {
-                let image = node.image();
-                let plain = image.plain_data().and_then(crate::file::File::plain);
-                Ok::<_, IoError>((
-                    plain,
-                    image.unit(),
-                    image.places(),
-                    image.compression(),
-                    node.backing().is_some(),
-                ))
-            })
-        });
-        let facts = facts.map_err(|e| request(copying.target, "looking at the copy", e))?;
-        let (plain, cluster, places, packer, backed) = facts;
-        let options = copying.options;
-        let how = match (packer, plain) {
-            (Some(packer), _) if options.compress || packer.always => How::Compress(packer),
-            _ if options.compress => {
-                return Err(OpenError::Unsupported {
-                    path: copying.target.to_owned(),
-                    feature: "compression in this format".into(),
-                    hint: "qcow2 has it",
-                });
-            }
-            (_, Some(file)) if cluster == 0 && !options.existing => How::Plain(file),
-            (_, Some(file)) if places && !options.existing && !backed => How::Place(file),
-            _ => How::Requests,
-        };
-        // Of a cluster that holds data, nothing is saved by leaving parts out.
-        let unit = cluster.max(options.sparse.next_power_of_two()).clamp(4096, 2 << 20);
-        let unknown =
-            if options.existing { !options.target_is_zero } else { !copying.to.facts().zero_when_new };
-        let zeroes = unknown || backed;
-        let (sparse, shares_backing) = (options.sparse > 0, backed && options.share_backing);
-        Ok(Self { unit, cluster, how, zeroes, shares_backing, sparse })
-    }
-
-    /// Whether the target has this already, from its backing file.
-    pub(super) fn skips(&self, extent: &Extent) -> bool {
-        self.shares_backing && (extent.depth > 0 || extent.kind == ExtentKind::Unallocated)
-    }
-
-    /// Whether nothing needs to be written for it.
-    pub(super) fn leaves_out(&self, extent: &Extent) -> bool {
-        self.sparse && extent.is_zero() && !self.zeroes
-    }
-}
+/// Windows that a worker reads while another one writes; together they fit the second-level cache.
+const AHEAD: usize = 2;
+/// Written runs that the target's tables do not know yet.
+const UNTOLD: usize = 64;
 
 /// What a part of a window is to the target.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -105,16 +36,26 @@ enum Kind {
     Data,
 }
 
+/// A window that was read.
+#[derive(Default)]
+struct Filled {
+    buffer: Vec<u8>,
+    /// Bytes of the disk.
+    length: u64,
+    /// What is to be written: bytes of the buffer, and where in the target's file.
+    writes: Vec<(Range<usize>, u64)>,
+}
+
 /// One worker.
 pub(super) struct Worker<'a> {
     copying: &'a Copying<'a>,
     shared: &'a Shared,
     target: &'a Target,
-    files: &'a [Option<PlainFile>],
-    /// A reader of its own, once it is needed: decompression takes time.
-    reader: Option<Disk>,
+    reader: Reader<'a>,
     /// Storage of the target that it has not used yet: host offset and bytes.
     pool: (u64, u64),
+    /// Disk offset, host offset and bytes of what was written and is to be mapped.
+    placed: Vec<(u64, u64, u64)>,
     pending: VecDeque<Receiver<Result<(), IoError>>>,
 }
 
@@ -123,15 +64,28 @@ impl<'a> Worker<'a> {
         copying: &'a Copying<'a>,
         shared: &'a Shared,
         target: &'a Target,
-        files: &'a [Option<PlainFile>],
+        parts: &'a [Part],
     ) -> Self {
-        Self { copying, shared, target, files, reader: None, pool: (0, 0), pending: VecDeque::new() }
+        Self {
+            copying,
+            shared,
+            target,
+            reader: Reader::new(copying, parts),
+            pool: (0, 0),
+            placed: Vec::new(),
+            pending: VecDeque::new(),
+        }
     }
 
     pub(super) fn run(mut self) {
-        let mut result = self.work();
-        let given_back = self.give_pool_back();
-        result = result.and(given_back);
+        let _ended = self.shared.worker_ends();
+        let target = self.target;
+        let mut result = match &target.how {
+            How::Plain(file) | How::Place(file) => self.write_files(file),
+            How::Compress(_) | How::Requests => self.work(),
+        };
+        self.tell_placed();
+        result = result.and(self.give_pool_back());
         while let Some(pending) = self.pending.pop_front() {
             result = result.and(self.wait_for(&pending));
         }
@@ -140,37 +94,89 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// Reads a window, writes it, and so on.
     fn work(&mut self) -> Result<(), OpenError> {
-        let mut buffer = Vec::new();
+        let mut filled = Filled::default();
         while let Some(window) = self.shared.next() {
-            let Some(window) = self.offload(window)? else { continue };
-            buffer.resize(to_usize(window.length.next_multiple_of(self.target.unit)), 0);
-            self.read(&window, &mut buffer)?;
-            self.write(&window, &buffer)?;
-            self.shared.done.fetch_add(window.length, Ordering::Relaxed);
-            while self.pending.len() > IN_FLIGHT {
-                if let Some(pending) = self.pending.pop_front() {
-                    self.wait_for(&pending)?;
-                }
-            }
+            self.fill(&window, &mut filled)?;
+            self.shared.done.fetch_add(filled.length, Ordering::Relaxed);
+            self.wait_for_some()?;
         }
         Ok(())
     }
 
-    /// Lets the file system copy a window, if that is wanted and can be; gives the window back otherwise.
-    fn offload(&self, window: Window) -> Result<Option<Window>, OpenError> {
-        let How::Plain(target) = &self.target.how else { return Ok(Some(window)) };
-        if !self.copying.options.offload || self.target.zeroes {
-            return Ok(Some(window));
+    /// Reads windows, and writes those that it has to the target's file when no other worker does.
+    fn write_files(&mut self, file: &PlainFile) -> Result<(), OpenError> {
+        let mut ahead: [Filled; AHEAD] = Default::default();
+        let mut count = 0;
+        loop {
+            let window = match count {
+                0 => self.shared.next(),
+                AHEAD => None,
+                _ => self.shared.next_if_any(),
+            };
+            if let Some(window) = &window {
+                if self.offload(window, file)? {
+                    continue;
+                }
+                self.fill(window, &mut ahead[count])?;
+                count += 1;
+            } else if count == 0 {
+                return Ok(());
+            }
+            let Some(turn) = self.turn(window.is_none() || count == AHEAD) else { continue };
+            for filled in &mut ahead[..count] {
+                for (bytes, at) in filled.writes.drain(..) {
+                    file.write(at, &filled.buffer[bytes]).map_err(|e| self.write_failed(e))?;
+                }
+                self.shared.done.fetch_add(filled.length, Ordering::Relaxed);
+            }
+            drop(turn);
+            count = 0;
+            if self.placed.len() >= UNTOLD {
+                self.tell_placed();
+            }
+            self.wait_for_some()?;
         }
-        for extent in window.extents.iter().filter(|extent| !extent.is_zero()) {
-            let Some((file, host)) = self.file_of(extent) else { return Ok(Some(window)) };
-            if !file.copy_to(host, target, extent.offset, extent.length).map_err(|e| self.write_failed(e))? {
-                return Ok(Some(window));
+    }
+
+    /// Lets the file system copy a window, if that is wanted and can be; false when it is still to be read.
+    fn offload(&self, window: &Window, file: &PlainFile) -> Result<bool, OpenError> {
+        if !self.copying.options.offload || !matches!(self.target.how, How::Plain(_)) {
+            return Ok(false);
+        }
+        let target = self.target;
+        for extent in window.extents.iter().filter(|e| !target.skips(e) && !target.leaves_out(e)) {
+            let Some((from, host)) = self.reader.plain(extent) else { return Ok(false) };
+            let copied = from.copy_to(host, file, extent.offset, extent.length);
+            if !copied.map_err(|e| self.write_failed(e))? {
+                return Ok(false);
             }
         }
         self.shared.done.fetch_add(window.length, Ordering::Relaxed);
-        Ok(None)
+        Ok(true)
+    }
+
+    /// The right to write to the target's file, if nobody else has it, or once nobody has.
+    fn turn(&self, wait: bool) -> Option<MutexGuard<'a, ()>> {
+        let writing = &self.shared.writing;
+        if wait {
+            return Some(writing.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        match writing.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn wait_for_some(&mut self) -> Result<(), OpenError> {
+        while self.pending.len() > IN_FLIGHT {
+            if let Some(pending) = self.pending.pop_front() {
+                self.wait_for(&pending)?;
+            }
+        }
+        Ok(())
     }
 
     fn wait_for(&self, pending: &Receiver<Result<(), IoError>>) -> Result<(), OpenError> {
@@ -181,117 +187,46 @@ impl<'a> Worker<'a> {
         request(self.copying.target, "writing the copy", source.into())
     }
 
-    fn read_failed(&self, source: impl Into<IoError>) -> OpenError {
-        request(self.copying.source(), "reading the source", source.into())
-    }
-
-    /// Fills the buffer with the window's contents; what follows is zeroes.
-    fn read(&mut self, window: &Window, buffer: &mut [u8]) -> Result<(), OpenError> {
-        let mut at = 0;
-        let mut extents = window.extents.as_slice();
-        while let [first, ..] = extents {
-            let n = if first.is_zero() || self.file_of(first).is_some() {
-                1
-            } else {
-                // All that takes requests, in one.
-                extents.iter().take_while(|e| !e.is_zero() && self.file_of(e).is_none()).count()
-            };
-            let length: u64 = extents[..n].iter().map(|e| e.length).sum();
-            let part = &mut buffer[at..at + to_usize(length)];
-            if first.is_zero() {
-                part.fill(0);
-            } else {
-                let read = match self.file_of(first) {
-                    Some((file, host)) => file.read(host, part).map_err(|e| self.read_failed(e)),
-                    None => self.read_by_request(first.offset, part),
-                };
-                match read {
-                    Err(_) if self.copying.options.salvage => self.salvage(first.offset, part)?,
-                    result => result?,
-                }
-            }
-            at += to_usize(length);
-            extents = &extents[n..];
-        }
-        buffer[at..].fill(0);
-        Ok(())
-    }
-
-    /// Where an extent's data lies as it is.
-    fn file_of(&self, extent: &Extent) -> Option<(&'a PlainFile, u64)> {
-        let file = self.files.get(extent.depth as usize)?.as_ref()?;
-        if is_plain(extent) { extent.host.map(|host| (file, host)) } else { None }
-    }
-
-    /// Reads what can be read, a sector at a time; the rest is zeroes.
-    fn salvage(&mut self, offset: u64, part: &mut [u8]) -> Result<(), OpenError> {
-        for (i, sector) in part.chunks_mut(SECTOR).enumerate() {
-            let at = offset + (i * SECTOR) as u64;
-            if let Err(error) = self.read_by_request(at, sector) {
-                sector.fill(0);
-                (self.copying.options.warn)(&format!(
-                    "error while reading offset {at}: {error}; it is zeroes in the copy"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn read_by_request(&mut self, offset: u64, part: &mut [u8]) -> Result<(), OpenError> {
-        if self.reader.is_none() && wants_readers(self.copying.from.facts().format) {
-            self.reader = Some(Disk::open_sources(self.copying.sources.to_vec())?);
-        }
-        let disk = self.reader.as_ref().unwrap_or(&self.copying.from);
-        let memory = Arc::new(AlignedBuffer::new(part.len()));
-        disk.run(Op::Read { offset, memory: Arc::clone(&memory) as _ }).map_err(|e| self.read_failed(e))?;
-        memory.read_at(0, part);
-        Ok(())
-    }
-
-    /// Writes what is not zero.
-    fn write(&mut self, window: &Window, buffer: &[u8]) -> Result<(), OpenError> {
+    /// Reads a window, and writes what is not zero or notes down where it is to be written.
+    fn fill(&mut self, window: &Window, filled: &mut Filled) -> Result<(), OpenError> {
         let unit = to_usize(self.target.unit);
-        let target = self.target;
-        let mut placed = Vec::new();
-        let (mut at, length) = (0, to_usize(window.length));
+        let length = to_usize(window.length);
+        filled.buffer.resize(length.next_multiple_of(unit), 0);
+        filled.length = window.length;
+        self.reader.read(window, &mut filled.buffer)?;
+        let mut at = 0;
         while at < length {
-            let kind = |at: usize| {
-                let end = window.offset + (at + unit).min(length) as u64;
-                let start = window.offset + at as u64;
-                let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
-                if extents().all(|extent| target.skips(extent)) {
-                    Kind::Skipped
-                } else if target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit]))
-                {
-                    Kind::Zero
-                } else {
-                    Kind::Data
-                }
-            };
-            let first = kind(at);
+            let first = self.kind(window, &filled.buffer, at);
             let mut end = at + unit;
-            while end < length && kind(end) == first {
+            while end < length && self.kind(window, &filled.buffer, end) == first {
                 end += unit;
             }
-            let end = end.min(buffer.len());
+            let end = end.min(filled.buffer.len());
             let offset = window.offset + at as u64;
             let there = end.min(length) - at;
             match first {
                 Kind::Skipped => {}
                 Kind::Zero => self.write_zeroes(offset, there as u64),
-                Kind::Data => self.write_data(offset, &buffer[at..end], there, &mut placed)?,
+                Kind::Data => self.write_data(offset, at..end, there, filled)?,
             }
             at = end;
         }
-        if !placed.is_empty() {
-            let (tell, told) = channel();
-            self.copying.to.start(
-                move |node| Box::pin(async move { node.image().map_placed(placed).await }),
-                move |result| drop(tell.send(result)),
-            );
-            self.pending.push_back(told);
-        }
         Ok(())
+    }
+
+    /// What the unit at `at` in a window is.
+    fn kind(&self, window: &Window, buffer: &[u8], at: usize) -> Kind {
+        let unit = to_usize(self.target.unit);
+        let end = window.offset + (at + unit).min(to_usize(window.length)) as u64;
+        let start = window.offset + at as u64;
+        let extents = || window.extents.iter().filter(|e| e.offset < end && e.end() > start);
+        if extents().all(|extent| self.target.skips(extent)) {
+            Kind::Skipped
+        } else if self.target.sparse && (extents().all(Extent::is_zero) || is_zero(&buffer[at..at + unit])) {
+            Kind::Zero
+        } else {
+            Kind::Data
+        }
     }
 
     fn write_zeroes(&mut self, offset: u64, length: u64) {
@@ -306,56 +241,51 @@ impl<'a> Worker<'a> {
         self.pending.push_back(told);
     }
 
-    /// Writes `bytes`, of which the first `length` are on the disk.
+    /// Writes a range of the buffer, of which the first `length` bytes are on the disk, or notes down where to.
     fn write_data(
         &mut self,
         offset: u64,
-        bytes: &[u8],
+        range: Range<usize>,
         length: usize,
-        placed: &mut Vec<(u64, u64, u64)>,
+        filled: &mut Filled,
     ) -> Result<(), OpenError> {
-        match &self.target.how {
-            How::Plain(file) => file.write(offset, &bytes[..length]).map_err(|e| self.write_failed(e)),
-            How::Place(file) => {
-                let mut at = 0;
-                while at < bytes.len() {
-                    let host = self.take(bytes.len() as u64 - at as u64)?;
-                    let n = to_usize(host.1);
-                    file.write(host.0, &bytes[at..at + n]).map_err(|e| self.write_failed(e))?;
-                    placed.push((offset + at as u64, host.0, host.1));
-                    at += n;
+        match self.target.how {
+            How::Plain(_) => filled.writes.push((range.start..range.start + length, offset)),
+            How::Place(_) => {
+                let mut at = range.start;
+                while at < range.end {
+                    let (host, n) = self.take((range.end - at) as u64)?;
+                    self.placed.push((offset + (at - range.start) as u64, host, n));
+                    filled.writes.push((at..at + to_usize(n), host));
+                    at += to_usize(n);
                 }
-                Ok(())
             }
             How::Compress(packer) => {
-                let packer = *packer;
-                self.write_compressed(packer, offset, bytes, length)
+                self.write_compressed(packer, offset, &filled.buffer[range], length);
             }
             How::Requests => {
-                let memory = Arc::new(AlignedBuffer::from_slice(&bytes[..length]));
+                let bytes = &filled.buffer[range.start..range.start + length];
+                let memory = Arc::new(AlignedBuffer::from_slice(bytes));
                 self.submit(Op::Write { offset, memory });
-                Ok(())
             }
         }
+        Ok(())
     }
 
-    fn write_compressed(
-        &mut self,
-        packer: Packer,
-        offset: u64,
-        bytes: &[u8],
-        length: usize,
-    ) -> Result<(), OpenError> {
+    fn write_compressed(&mut self, packer: Packer, offset: u64, bytes: &[u8], length: usize) {
         let mut packed = Vec::new();
         for (i, cluster) in bytes.chunks(to_usize(packer.unit)).enumerate() {
             let at = i as u64 * packer.unit;
-            if self.target.sparse && is_zero(cluster) {
-                continue;
+            let there = cluster.len().min(length.saturating_sub(to_usize(at)));
+            if there == 0 {
+                // Beyond the disk's end.
+                break;
             }
-            if let Some(smaller) = (packer.compress)(cluster) {
+            if self.target.sparse && is_zero(cluster) {
+                self.write_zeroes(offset + at, there as u64);
+            } else if let Some(smaller) = (packer.compress)(cluster) {
                 packed.push((offset + at, smaller));
             } else {
-                let there = cluster.len().min(length - to_usize(at));
                 let memory = Arc::new(AlignedBuffer::from_slice(&cluster[..there]));
                 self.submit(Op::Write { offset: offset + at, memory });
             }
@@ -368,7 +298,6 @@ impl<'a> Worker<'a> {
             );
             self.pending.push_back(told);
         }
-        Ok(())
     }
 
     /// Storage of the target, up to `want` bytes.
@@ -385,6 +314,20 @@ impl<'a> Worker<'a> {
         let host = self.pool.0;
         self.pool = (host + n, self.pool.1 - n);
         Ok((host, n))
+    }
+
+    /// Has the target's tables name what was written.
+    fn tell_placed(&mut self) {
+        let placed = std::mem::take(&mut self.placed);
+        if placed.is_empty() {
+            return;
+        }
+        let (tell, told) = channel();
+        self.copying.to.start(
+            move |node| Box::pin(async move { node.image().map_placed(placed).await }),
+            move |result| drop(tell.send(result)),
+        );
+        self.pending.push_back(told);
     }
 
     fn give_pool_back(&mut self) -> Result<(), OpenError> {

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io::{self, Read};
 use std::rc::Rc;
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
@@ -24,6 +24,10 @@ thread_local! {
     // Making one takes longer than compressing a small cluster.
     static DEFLATE: RefCell<Compress> =
         RefCell::new(Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS));
+    // "Raw deflate", without zlib's header.
+    static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static UNZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+        RefCell::new(zstd::bulk::Decompressor::new().ok());
     static ZSTD: RefCell<Option<zstd::bulk::Compressor<'static>>> =
         RefCell::new(zstd::bulk::Compressor::new(0).ok());
 }
@@ -56,17 +60,22 @@ impl Qcow2 {
         if let Some(bytes) = kept {
             return Ok(bytes);
         }
-        if host >= self.file.len() {
-            return Err(IoError::Corrupt(format!(
-                "a compressed cluster at {host:#x} is beyond the end of the file"
-            )));
-        }
+        self.check_compressed(host)?;
         let data = self.file.read_bytes(host, to_usize(length)).await?;
-        let bytes = decompress(self.header.compression, &data, to_usize(self.cluster_size()))
+        let mut bytes = vec![0; to_usize(self.cluster_size())];
+        decompress(self.header.compression, &data, &mut bytes)
             .map_err(|e| IoError::Corrupt(format!("the compressed cluster at {host:#x}: {e}")))?;
         let bytes = Rc::new(bytes);
         self.decompressed.borrow_mut().put(host, &bytes);
         Ok(bytes)
+    }
+
+    /// Whether a compressed cluster can be at `host`.
+    pub(super) fn check_compressed(&self, host: u64) -> Result<(), IoError> {
+        if host < self.file.len() {
+            return Ok(());
+        }
+        Err(IoError::Corrupt(format!("a compressed cluster at {host:#x} is beyond the end of the file")))
     }
 
     /// Puts in clusters that [`compress`] has compressed: guest cluster and bytes, in ascending order.
@@ -171,23 +180,36 @@ pub(crate) fn compress(method: Compression, data: &[u8]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Decompresses `data` to exactly `size` bytes; what follows in `data` is ignored.
-fn decompress(compression: Compression, data: &[u8], size: usize) -> std::io::Result<Vec<u8>> {
-    let mut bytes = vec![0; size];
+/// Decompresses `data` to exactly as many bytes as `bytes` has; what follows in `data` is ignored.
+pub(crate) fn decompress(compression: Compression, data: &[u8], bytes: &mut [u8]) -> io::Result<()> {
     match compression {
-        // "Raw deflate", without zlib's header.
-        Compression::Zlib => {
-            let mut stream = Decompress::new(false);
-            let status = stream.decompress(data, &mut bytes, FlushDecompress::Finish);
-            match status {
-                Ok(_) if stream.total_out() == size as u64 => {}
-                Ok(_) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                Err(e) => return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, e)),
+        Compression::Zlib => INFLATE.with_borrow_mut(|stream| {
+            stream.reset(false);
+            match stream.decompress(data, bytes, FlushDecompress::Finish) {
+                Ok(_) if stream.total_out() == bytes.len() as u64 => Ok(()),
+                Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(e) => Err(io::Error::new(io::ErrorKind::InvalidData, e)),
             }
+        }),
+        Compression::Zstd => {
+            if UNZSTD.with_borrow_mut(|stream| unzstd_frame(stream.as_mut(), data, bytes)).is_some() {
+                return Ok(());
+            }
+            // Several frames, or damage: it says which.
+            zstd::stream::read::Decoder::with_buffer(data)?.read_exact(bytes)
         }
-        Compression::Zstd => zstd::stream::read::Decoder::with_buffer(data)?.read_exact(&mut bytes)?,
     }
-    Ok(bytes)
+}
+
+/// Decompresses a frame that holds exactly these bytes, as nearly all clusters are.
+fn unzstd_frame(
+    stream: Option<&mut zstd::bulk::Decompressor<'_>>,
+    data: &[u8],
+    bytes: &mut [u8],
+) -> Option<()> {
+    let frame = zstd::zstd_safe::find_frame_compressed_size(data).ok()?;
+    let length = stream?.decompress_to_buffer(data.get(..frame)?, bytes).ok()?;
+    (length == bytes.len()).then_some(())
 }
 
 #[cfg(test)]
@@ -200,11 +222,23 @@ mod tests {
         for method in [Compression::Zlib, Compression::Zstd] {
             let mut data = compress(method, &plain).expect("smaller");
             data.extend([0xa5; 300]);
-            assert_eq!(decompress(method, &data, plain.len()).expect("decompressed"), plain);
-            assert!(decompress(method, &data[..20], plain.len()).is_err());
+            let mut bytes = vec![0; plain.len()];
+            decompress(method, &data, &mut bytes).expect("decompressed");
+            assert_eq!(bytes, plain);
+            assert!(decompress(method, &data[..20], &mut bytes).is_err());
             data[10..40].fill(0xff);
-            assert!(decompress(method, &data, plain.len()).map_or(true, |bytes| bytes != plain));
+            assert!(decompress(method, &data, &mut bytes).is_err() || bytes != plain);
         }
+    }
+
+    #[test]
+    fn several_frames() {
+        let plain = [7u8; 8192];
+        let mut data = compress(Compression::Zstd, &plain[..5000]).expect("smaller");
+        data.extend(compress(Compression::Zstd, &plain[5000..]).expect("smaller"));
+        let mut bytes = [0; 8192];
+        decompress(Compression::Zstd, &data, &mut bytes).expect("decompressed");
+        assert_eq!(bytes, plain);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::bitmap::{AUTO, Bitmap, IN_USE, read_bitmaps};
-use super::compressed::compress;
+use super::compressed::{compress, decompress};
 use super::create::metadata_size;
 use super::crypt::{self, DataCrypt};
 use super::header::{BITMAPS, COMPRESSION, EXTENDED_L2, EXTERNAL_DATA, LAZY_REFCOUNTS, RAW_EXTERNAL};
@@ -17,7 +17,7 @@ use crate::extent::Extent;
 use crate::file::File;
 use crate::format::{Driver, NewImage};
 use crate::luks::failed;
-use crate::node::{Answer, Image, Node, Packer, directory_of};
+use crate::node::{Answer, Image, Node, Packed, Packer, Unpacker, directory_of};
 use crate::{
     AioEngine, BackingPolicy, BitmapInfo, Compression, CreateOptions, Format, ImageInfo, Keys, OpenError,
     OpenOptions, Preallocation, Qcow2Info, SnapshotInfo,
@@ -184,6 +184,18 @@ impl Image for Qcow2 {
             always: false,
             compress,
         })
+    }
+
+    fn unpacking(&self) -> Option<(&File, Unpacker)> {
+        let decompress: fn(&[u8], &mut [u8]) -> std::io::Result<()> = match self.header.compression {
+            Compression::Zlib => |data, bytes| decompress(Compression::Zlib, data, bytes),
+            Compression::Zstd => |data, bytes| decompress(Compression::Zstd, data, bytes),
+        };
+        Some((&self.file, Unpacker { unit: self.cluster_size(), decompress }))
+    }
+
+    fn packed(&self, offset: u64, length: u64) -> Answer<'_, Vec<Packed>> {
+        Box::pin(self.packed(offset, length))
     }
 
     fn write_compressed(&self, mut clusters: Vec<(u64, Vec<u8>)>) -> Answer<'_> {

@@ -7,6 +7,10 @@ use crate::engine::View;
 use crate::executor::{LocalFuture, join_all};
 use crate::extent::{Extent, ExtentKind};
 use crate::file::to_usize;
+use crate::node::Packed;
+
+/// Clusters that [`Qcow2::status`] looks at first.
+const FIRST_LOOK: u64 = 16;
 
 /// A part of a read that one operation serves.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +88,6 @@ impl Qcow2 {
         let end = (offset + length).min(self.table_end(offset >> self.bits()) << self.bits());
         let clusters = self.clusters(offset, end - offset);
         let _mapped = self.mapping_locks.shared(clusters).await;
-        let runs = self.runs(offset, end - offset).await?;
         let extent = |run: &Run| {
             let within = run.offset % self.unit();
             let (kind, host) = match run.mapping {
@@ -95,11 +98,42 @@ impl Qcow2 {
             };
             Extent::new(run.offset, run.length, kind, host)
         };
-        let mut runs = runs.iter().map(extent);
-        let mut first = runs.next().ok_or_else(|| IoError::Corrupt("an empty range".into()))?;
-        // Only as far as it goes on.
-        let _ = runs.all(|next| first.join(&next));
-        Ok(first)
+        // Only as far as it goes on, and with few clusters first: a table of many short runs is asked for each of them.
+        let (mut at, mut look) = (offset, FIRST_LOOK);
+        let mut first: Option<Extent> = None;
+        while at < end {
+            let next = end.min(((at >> self.bits()) + look) << self.bits());
+            for run in self.runs(at, next - at).await? {
+                let Some(first) = &mut first else {
+                    first = Some(extent(&run));
+                    continue;
+                };
+                if !first.join(&extent(&run)) {
+                    return Ok(*first);
+                }
+            }
+            (at, look) = (next, look * 4);
+        }
+        first.ok_or_else(|| IoError::Corrupt("an empty range".into()))
+    }
+
+    /// Where the compressed clusters of a range are.
+    pub(super) async fn packed(&self, offset: u64, length: u64) -> Result<Vec<Packed>, IoError> {
+        let clusters = self.clusters(offset, length);
+        let _mapped = self.mapping_locks.shared(clusters.clone()).await;
+        let mut packed = Vec::new();
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let next = self.table_end(at).min(clusters.end);
+            for (cluster, number) in self.mappings(at, next - at).await?.0.iter().zip(at..) {
+                if let Mapping::Compressed { host, length } = cluster.mapping {
+                    self.check_compressed(host)?;
+                    packed.push(Packed { offset: number << self.bits(), host, length });
+                }
+            }
+            at = next;
+        }
+        Ok(packed)
     }
 
     async fn read_run(&self, run: Run, view: View) -> Result<(), IoError> {

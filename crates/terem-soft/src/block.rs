@@ -379,9 +379,10 @@ impl Cpu {
         let word = marks.mark_code(page);
         if before & terem_memory::CODE == 0 {
             crate::membarrier::all_threads();
-            self.keep_from_direct_writing(page);
             self.tlb.holds_code(self.window + (page << 12));
         }
+        // Also where another vCPU has marked it: it may still be about to.
+        self.keep_from_direct_writing(page);
         word
     }
 

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -161,6 +162,18 @@ static void steps(void) {
                      ::: "rax", "rbx", "rcx", "rdx", "memory", "cc");
     // nop, nop, xor, cpuid, pushf, and, popf
     CHECK("steps", count, 7);
+    // What stops for another reason directly behind the one that sets the flag.
+    count = 0;
+    __asm__ volatile("pushf; orl $0x100, (%%rsp); popf; cpuid; pushf; andl $~0x100, (%%rsp); popf"
+                     ::: "rax", "rbx", "rcx", "rdx", "memory", "cc");
+    CHECK("steps from cpuid on", count, 4);
+    static volatile char *fresh;
+    fresh = pages(1);
+    count = 0;
+    __asm__ volatile("pushf; orl $0x100, (%%rsp); popf; movb $1, (%0); pushf; andl $~0x100, (%%rsp); popf"
+                     ::"r"(fresh) : "memory", "cc");
+    CHECK("steps from a page fault on", count, 4);
+    munmap((void *)fresh, 4096);
     compute(0.001);
   }
   signal(SIGTRAP, SIG_DFL);
@@ -324,6 +337,45 @@ static void registers(void) {
   syscall(SYS_arch_prctl, ARCH_SET_GS, 0);
 }
 
+// Segment registers as hardly any program has them.
+static void segments(void) {
+  for (int round = 0; round < 5; round++) {
+    __asm__ volatile("mov %0, %%ds; mov %0, %%es" ::"r"(1));
+    compute(0.01);
+    __asm__ volatile("mov %0, %%ds; mov %0, %%es" ::"r"(0x2b));
+    compute(0.002);
+    __asm__ volatile("mov %0, %%ds; mov %0, %%es" ::"r"(0));
+  }
+  if (getauxval(AT_HWCAP2) & 2) { // rdgsbase and its like
+    unsigned long base = 0xffff812345678000, got;
+    for (int round = 0; round < 5; round++) {
+      __asm__ volatile("wrgsbase %0" ::"r"(base));
+      compute(0.01);
+      __asm__ volatile("rdgsbase %0" : "=r"(got));
+      CHECK("a kernel's address in GS base", got, base);
+    }
+    __asm__ volatile("wrgsbase %0" ::"r"(0l));
+  }
+  // 32-bit code: it touches a page that is not there yet, again and again.
+  char *low = mmap(NULL, 64 * 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+  uint32_t data = (uint32_t)(uintptr_t)low + 8 * 4096;
+  unsigned char *code32 = (unsigned char *)low;
+  memcpy(code32, "\xa1\0\0\0\0\x40\xa3\0\0\0\0\xcb", 12); // mov eax, [data]; inc eax; mov [data], eax; retf
+  struct { uint32_t offset; uint16_t selector; } __attribute__((packed)) far = {(uint32_t)(uintptr_t)low, 0x23};
+  __asm__ volatile("mov %0, %%ds" ::"r"(0x2b)); // 32-bit code needs it
+  for (int i = 0; i < 50; i++) {
+    uint32_t at = data + (uint32_t)i * 4096;
+    memcpy(code32 + 1, &at, 4);
+    memcpy(code32 + 7, &at, 4);
+    for (int k = 0; k < 3; k++)
+      __asm__ volatile("mov %%rsp, %%r12; lea 0x7000(%0), %%rsp; lcall *(%1); mov %%r12, %%rsp"
+                       ::"r"(low), "r"(&far) : "rax", "r12", "memory", "cc");
+    CHECK("counted by 32-bit code", *(int *)(uintptr_t)at, 3);
+  }
+  __asm__ volatile("mov %0, %%ds" ::"r"(0));
+  munmap(low, 64 * 4096);
+}
+
 static void identity(void) {
   unsigned first[4], again[4];
   for (int round = 0; round < 50; round++) {
@@ -435,7 +487,7 @@ int main(int argc, char **argv) {
   if (argc > 1) return compute(0.03) ? 7 : 8;
   struct { const char *name; void (*run)(void); } all[] = {
     {"faults", faults}, {"exceptions", exceptions}, {"steps", steps}, {"copies", copies}, {"threads", threads}, {"code", code},
-    {"registers", registers}, {"identity", identity}, {"mappings", mappings}, {"stack", stack}, {"timers", timers},
+    {"registers", registers}, {"segments", segments}, {"identity", identity}, {"mappings", mappings}, {"stack", stack}, {"timers", timers},
   };
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
     compute(0.03);

@@ -23,7 +23,8 @@ impl ApicSystem {
     /// Asks all vCPUs that run to look up; wakes nobody.
     pub(crate) fn look_again(&self) {
         for apic in &self.apics {
-            apic.look_again();
+            // In this order for all: it is seen, or there is nothing to stop.
+            apic.attention.store(true, Ordering::SeqCst);
             apic.stop_direct_run();
         }
     }

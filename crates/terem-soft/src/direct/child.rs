@@ -54,7 +54,7 @@ const CODE: &[u8] = &[
     0xcc,                           // done: int3
 ];
 /// Where in the executable's page the stub's code is: behind its two headers.
-const CODE_AT: u64 = 0x78;
+const CODE_AT: u64 = 0xb0;
 const WAIT: u64 = STUB + CODE_AT;
 const NEXT: u64 = WAIT + 9;
 
@@ -87,7 +87,7 @@ impl Image {
         put(32, &64_u64.to_le_bytes());
         put(52, &64_u16.to_le_bytes());
         put(54, &56_u16.to_le_bytes());
-        put(56, &1_u16.to_le_bytes());
+        put(56, &2_u16.to_le_bytes());
         put(64, &1_u32.to_le_bytes()); // load
         put(68, &5_u32.to_le_bytes()); // read, execute
         put(80, &STUB.to_le_bytes());
@@ -95,6 +95,9 @@ impl Image {
         put(96, &4096_u64.to_le_bytes());
         put(104, &4096_u64.to_le_bytes());
         put(112, &4096_u64.to_le_bytes());
+        // A stack that is not executable: else Linux before 5.8 would make everything so that can be read.
+        put(120, &0x6474_e551_u32.to_le_bytes());
+        put(124, &6_u32.to_le_bytes());
         put(CODE_AT as usize, CODE);
         let writable = memfd_create("terem-program", MemfdFlags::CLOEXEC)?;
         let mut file = File::from(writable);
@@ -163,8 +166,8 @@ pub(super) enum Why {
     SystemCall,
     /// A page fault at this address (0 for what is none).
     Fault(u64),
-    /// A breakpoint or a single step.
-    Trap,
+    /// A breakpoint, or a single step.
+    Trap { step: bool },
     /// A call of the page of old system calls at this address, already returned from.
     OldCall(u64),
     /// Another exception, or somebody asked.
@@ -177,6 +180,8 @@ pub(super) struct Child {
     process: std::process::Child,
     pid: pid_t,
     calls: Calls,
+    /// It has ended and was waited for: its number may be another's.
+    reaped: bool,
     /// General registers, as they are in the process while it stands.
     pub(super) registers: user_regs_struct,
     /// `registers` are to be put into it before it runs.
@@ -215,6 +220,7 @@ impl Child {
             process,
             pid,
             calls,
+            reaped: false,
             registers,
             changed: false,
             extended: Vec::new(),
@@ -231,6 +237,7 @@ impl Child {
         // SAFETY: as above.
         check(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, self.pid, 0, 0) })?;
         self.wait()?;
+        self.unblock_signals()?;
         self.get_registers()?;
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid))?;
         let mut calls: Vec<Call> =
@@ -268,7 +275,18 @@ impl Child {
             return Err(io::Error::other("the host has no AVX"));
         }
         self.extended.truncate(size);
+        self.try_out()?;
         Ok(())
+    }
+
+    /// Sees that system calls stop without being executed.
+    fn try_out(&mut self) -> io::Result<()> {
+        let r = &mut self.registers;
+        (r.rip, r.rax, r.orig_rax) = (NEXT + 27, libc::SYS_getpid as u64, u64::MAX);
+        self.changed = true;
+        let why = self.run()?;
+        let stopped = why == Why::SystemCall && self.registers.rax as i64 == -i64::from(libc::ENOSYS);
+        if stopped { Ok(()) } else { Err(io::Error::other("the host does not stop system calls")) }
     }
 
     /// Makes system calls in the process, in order, up to the first that fails.
@@ -280,10 +298,15 @@ impl Child {
         while !rest.is_empty() {
             let count = self.calls.put(rest);
             let before = self.registers;
+            // Nothing of the guest's: neither its flags nor its segments.
+            // SAFETY: all zeroes is a value of this plain structure.
+            self.registers = unsafe { std::mem::zeroed() };
             let r = &mut self.registers;
+            (r.cs, r.ss, r.eflags) = (0x33, 0x2b, 0x202);
             (r.rip, r.rbx, r.r12, r.orig_rax) = (NEXT, CALLS, count as u64, u64::MAX);
-            self.run_stub()?;
+            let done = self.run_stub();
             self.registers = before;
+            done?;
             rest = &rest[count..];
         }
         Ok(())
@@ -319,8 +342,12 @@ impl Child {
     /// # Errors
     /// The process is gone, or the host refuses.
     pub(super) fn run(&mut self) -> io::Result<Why> {
-        if std::mem::take(&mut self.changed) {
-            self.put_registers()?;
+        if self.changed {
+            if self.put_registers().is_err() {
+                // The host does not take these values. They are still here.
+                return Ok(Why::Other);
+            }
+            self.changed = false;
         }
         // SAFETY: no pointer.
         check(unsafe { libc::ptrace(libc::PTRACE_SYSEMU, self.pid, 0, 0) })?;
@@ -329,7 +356,7 @@ impl Child {
         Ok(match signal {
             SYSTEM_CALL => Why::SystemCall,
             libc::SIGSEGV => Why::Fault(self.fault_address()?),
-            libc::SIGTRAP => Why::Trap,
+            libc::SIGTRAP => Why::Trap { step: self.signal()?.si_code == libc::TRAP_TRACE },
             libc::SIGSYS => Why::OldCall(self.fault_address()?),
             _ => Why::Other,
         })
@@ -348,11 +375,12 @@ impl Child {
                 return Err(error);
             }
         }
-        if libc::WIFSTOPPED(status) {
-            Ok(libc::WSTOPSIG(status))
-        } else {
-            Err(io::Error::other("it was killed"))
+        if !libc::WIFSTOPPED(status) {
+            self.reaped = true;
+            return Err(io::Error::other("it was killed"));
         }
+        // Stops of ptrace's own, as after SIGSTOP and SIGCONT, are no signal to the program.
+        Ok(if status >> 16 == 0 { libc::WSTOPSIG(status) } else { 0 })
     }
 
     fn get_registers(&mut self) -> io::Result<()> {
@@ -363,6 +391,18 @@ impl Child {
     fn put_registers(&mut self) -> io::Result<()> {
         // SAFETY: the kernel reads the structure that the pointer is to.
         check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, self.pid, 0, &raw const self.registers) })
+    }
+
+    /// Whatever signals this program had blocked where it was started are not blocked there.
+    fn unblock_signals(&mut self) -> io::Result<()> {
+        let none = 0_u64;
+        // SAFETY: the kernel reads a mask of 8 bytes.
+        check(unsafe { libc::ptrace(SETSIGMASK, self.pid, size_of_val(&none), &raw const none) })
+    }
+
+    /// The next values are put in whatever they are.
+    pub(super) fn forget_extended(&mut self) {
+        self.shared.fill(0xff);
     }
 
     fn vector(&mut self) -> libc::iovec {
@@ -404,16 +444,21 @@ impl Child {
 
     /// `si_addr`, or `si_call_addr`.
     fn fault_address(&self) -> io::Result<u64> {
-        // SAFETY: all zeroes is a value of this plain structure.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the kernel fills the structure that the pointer is to.
-        check(unsafe { libc::ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, &raw mut info) })?;
+        let info = self.signal()?;
         // A general-protection fault has no address (si_code SI_KERNEL).
         if info.si_code == SI_KERNEL {
             return Ok(0);
         }
         // SAFETY: both kinds of information begin with an address.
         Ok(unsafe { info.si_addr() } as u64)
+    }
+
+    fn signal(&self) -> io::Result<libc::siginfo_t> {
+        // SAFETY: all zeroes is a value of this plain structure.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel fills the structure that the pointer is to.
+        check(unsafe { libc::ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, &raw mut info) })?;
+        Ok(info)
     }
 
     pub(super) fn pid(&self) -> pid_t {
@@ -423,8 +468,10 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        if !self.reaped {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
     }
 }
 
@@ -437,6 +484,8 @@ pub(crate) fn stop(pid: pid_t) {
 /// `PTRACE_O_TRACESYSGOOD`.
 const SYSTEM_CALL: c_int = libc::SIGTRAP | 0x80;
 const SI_KERNEL: c_int = 0x80;
+/// `PTRACE_SETSIGMASK`.
+const SETSIGMASK: libc::c_uint = 0x420b;
 /// NT_X86_XSTATE.
 const XSTATE: usize = 0x202;
 pub(super) const SHARED_FIXED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
@@ -586,7 +635,7 @@ mod tests {
         state[512] = 2;
         state[160..164].copy_from_slice(&21_u32.to_le_bytes());
         child.put_extended(&state).unwrap();
-        assert_eq!(child.run().unwrap(), Why::Trap);
+        assert_eq!(child.run().unwrap(), Why::Trap { step: false });
         let state = child.get_extended().unwrap();
         assert_eq!(state[160..164], 42_u32.to_le_bytes());
         assert_eq!((state[0], state[1]), (0x7f, 3), "x87 is as after fninit");

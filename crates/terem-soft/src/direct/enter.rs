@@ -6,6 +6,7 @@ use terem_cpu::{Segment, VcpuState, rflags};
 
 use super::child::{Child, USER_END, Why};
 use super::patches::Patches;
+use super::pin::Pin;
 use super::space::{Space, Use};
 use super::{Direct, ROOT, SPACES, pin};
 use crate::cpu::{Cpu, cr0, cr4, efer};
@@ -16,7 +17,7 @@ use crate::x87::SHARED_SIZE;
 const CODE: u64 = 0x33;
 const DATA: u64 = 0x2b;
 /// What a program may have in RFLAGS for a run.
-const FLAGS: u64 = rflags::ARITHMETIC | rflags::DF | rflags::AC | rflags::TF;
+const FLAGS: u64 = rflags::ARITHMETIC | rflags::DF | rflags::AC | rflags::TF | rflags::NT;
 /// Times that code was met of which nothing is sure, before it is looked at again.
 const LOOK_AGAIN: u32 = 256;
 /// DR6.BS: a single step.
@@ -55,13 +56,14 @@ impl Cpu {
             && !self.watches.any()
             && self.tracing.is_none()
             && self.user_data_segments().is_some()
+            && [VcpuState::FS, VcpuState::GS].iter().all(|&i| self.segments[i].base < USER_END)
     }
 
     /// DS, ES, FS and GS, if the host has the same.
     fn user_data_segments(&self) -> Option<[u64; 4]> {
         let of = |i: usize| {
             let selector = u64::from(self.segments[i].selector);
-            (selector & !3 == 0 || selector == DATA).then_some(selector)
+            is_selector(selector).then_some(selector)
         };
         Some([of(VcpuState::DS)?, of(VcpuState::ES)?, of(VcpuState::FS)?, of(VcpuState::GS)?])
     }
@@ -80,17 +82,17 @@ impl Cpu {
             None => Ok(Ran::Never),
         };
         let ran = ran.unwrap_or_else(|e| {
-            // Without its registers nothing could go on: an error that loses them ends the vCPU before it comes here.
             tracing::debug!("a program is no longer run directly: {e}");
-            drop_space(&mut direct, root, self);
             Ran::Never
         });
         if ran == Ran::Never {
             direct.policy.move_back(root, self.bus.clock.now());
         }
+        self.drop_spaces(&mut direct, |space| space.broken);
         self.direct = Some(direct);
         self.refresh_direct();
-        ran == Ran::Some
+        // What has ended goes on nowhere.
+        ran == Ran::Some || self.shut_down
     }
 
     /// The space of a CR3, made if there is none yet.
@@ -98,7 +100,8 @@ impl Cpu {
         let thread = std::thread::current().id();
         if direct.thread.replace(thread) != Some(thread) {
             // Only the thread that made them can use them.
-            self.drop_spaces(direct);
+            self.drop_spaces(direct, |_| true);
+            direct.pin = Pin::default();
         }
         direct.runs += 1;
         let pcid = self.pcid();
@@ -145,8 +148,9 @@ impl Cpu {
         self.apic.forget_process();
     }
 
-    fn drop_spaces(&self, direct: &mut Direct) {
-        for mut space in std::mem::take(&mut direct.spaces) {
+    fn drop_spaces(&self, direct: &mut Direct, which: impl Fn(&Space) -> bool) {
+        while let Some(at) = direct.spaces.iter().position(&which) {
+            let mut space = direct.spaces.swap_remove(at);
             self.end_space(direct, &mut space);
         }
     }
@@ -210,14 +214,14 @@ impl Cpu {
                 Ok(why) => why,
                 Err(e) => {
                     tracing::error!(
-                        "vCPU {}: the process of a guest program is gone ({e}): its registers are lost",
+                        "vCPU {}: the process of a guest program is gone ({e}), and its registers with it",
                         self.id
                     );
                     self.shut_down = true;
                     return Err(e);
                 }
             };
-            if why == Why::Trap && self.answers(&mut space.child, patches) {
+            if matches!(why, Why::Trap { step: false }) && self.answers(&mut space.child, patches) {
                 let now = self.bus.clock.now();
                 policy.stopped(space.root, now, after - before);
                 before = now;
@@ -228,7 +232,12 @@ impl Cpu {
                 let times = if last.0 == rip && last.1 == address { last.2 + 1 } else { 0 };
                 last = (rip, address, times);
                 let pages = space.pages.len();
-                if times < SAME && address != 0 && self.touched(shared, patches, space, address, rip)? {
+                // What fails has marked the space as broken; the program's state is in its process all the same.
+                let mended = times < SAME
+                    && address != 0
+                    && goes_on(&space.child.registers)
+                    && self.touched(shared, patches, space, address, rip).unwrap_or(false);
+                if mended {
                     self.stats.direct_pages.add(space.pages.len().saturating_sub(pages) as u64);
                     let now = self.bus.clock.now();
                     policy.stopped(space.root, now, after - before);
@@ -239,8 +248,14 @@ impl Cpu {
             policy.stopped(space.root, after, after - before);
             break why;
         };
-        self.take_state(&mut space.child, why)?;
-        if why == Why::Trap && self.trapped_directly(patches).is_err() {
+        if let Err(e) = self.take_state(&mut space.child, why) {
+            tracing::error!("vCPU {}: the registers of a guest program are lost: {e}", self.id);
+            self.shut_down = true;
+            return Err(e);
+        }
+        if let Why::Trap { step } = why
+            && self.trapped_directly(patches, step).is_err()
+        {
             self.shut_down = true;
             return Ok(Ran::Some);
         }
@@ -283,7 +298,7 @@ impl Cpu {
                 self.rip = address;
                 self.gpr[4] = r.rsp.wrapping_sub(8);
             }
-            Why::Trap | Why::Fault(_) | Why::Other => {}
+            Why::Trap { .. } | Why::Fault(_) | Why::Other => {}
         }
         self.take_segments(&r);
         Ok(())
@@ -317,8 +332,8 @@ impl Cpu {
     }
 
     /// After a trap: that of an instruction goes back to it, for the interpreter to execute it; a single step is told.
-    fn trapped_directly(&mut self, patches: &Patches) -> Result<(), crate::event::Shutdown> {
-        if self.system_flags & rflags::TF != 0 {
+    fn trapped_directly(&mut self, patches: &Patches, step: bool) -> Result<(), crate::event::Shutdown> {
+        if step {
             return self.debug_trap(STEP, self.rip);
         }
         let byte = |before: u64| -> Option<u8> {
@@ -340,6 +355,7 @@ impl Cpu {
 
     /// Segment registers that the program has loaded.
     fn take_segments(&mut self, r: &libc::user_regs_struct) {
+        let selectors = (self.segments[VcpuState::FS].selector, self.segments[VcpuState::GS].selector);
         for (i, selector) in
             [(VcpuState::DS, r.ds), (VcpuState::ES, r.es), (VcpuState::FS, r.fs), (VcpuState::GS, r.gs)]
         {
@@ -353,8 +369,14 @@ impl Cpu {
                 };
             }
         }
-        self.segments[VcpuState::FS].base = r.fs_base;
-        self.segments[VcpuState::GS].base = r.gs_base;
+        for (i, selector, base) in
+            [(VcpuState::FS, selectors.0, r.fs_base), (VcpuState::GS, selectors.1, r.gs_base)]
+        {
+            // A kernel that has not allowed `wrfsbase` does not expect bases of a program's choice, though a host allows it.
+            if self.cr4 & cr4::FSGSBASE != 0 || self.segments[i].selector != selector {
+                self.segments[i].base = base;
+            }
+        }
         if r.cs != CODE {
             let flat = Segment::flat(r.cs as u16, true, false);
             self.segments[VcpuState::CS] = Segment { access: flat.access | 3 << 5, ..flat };
@@ -363,9 +385,17 @@ impl Cpu {
     }
 }
 
-fn drop_space(direct: &mut Direct, root: u64, cpu: &Cpu) {
-    if let Some(at) = direct.spaces.iter().position(|s| s.root == root) {
-        let mut space = direct.spaces.swap_remove(at);
-        cpu.end_space(direct, &mut space);
-    }
+/// A null selector or that of user data: what a process can be given.
+fn is_selector(selector: u64) -> bool {
+    matches!(selector, 0 | 3 | DATA)
+}
+
+/// Whether a process can be given these registers again, as far as a program can choose them.
+fn goes_on(r: &libc::user_regs_struct) -> bool {
+    r.cs == CODE
+        && r.ss == DATA
+        && [r.ds, r.es, r.fs, r.gs].into_iter().all(is_selector)
+        && r.fs_base < USER_END
+        && r.gs_base < USER_END
+        && r.eflags & rflags::TF == 0
 }

@@ -35,7 +35,7 @@ use space::Space;
 use crate::cpu::Cpu;
 
 /// Address spaces of one vCPU, at most.
-const SPACES: usize = 12;
+const SPACES: usize = 8;
 
 /// One vCPU's part.
 pub(crate) struct Direct {
@@ -127,11 +127,7 @@ impl Cpu {
     /// A page of linear addresses may be another in all contexts.
     pub(crate) fn direct_page_gone(&mut self, linear: u64) {
         if let Some(direct) = &mut self.direct {
-            for space in &mut direct.spaces {
-                if !space.stale && space.pages.contains_key(&(linear >> 12)) {
-                    space.gone.push(linear >> 12);
-                }
-            }
+            direct.spaces.iter_mut().for_each(|space| space.may_have_changed(linear >> 12));
         }
     }
 

@@ -12,6 +12,8 @@ use crate::mmu::Access;
 
 /// Pages around one that is touched, that are mapped with it if the program has used them before.
 const AROUND: u64 = 64;
+/// Pages that are looked up again after a flush, at most.
+const MOST_LOOKED_UP: usize = 1 << 16;
 
 impl Cpu {
     /// Makes a space's mappings right before a run: what may have changed is looked up, or taken away. False if it is another
@@ -40,6 +42,12 @@ impl Cpu {
         }
         if std::mem::take(&mut space.stale) {
             space.gone.clear();
+            if space.pages.len() > MOST_LOOKED_UP {
+                // That would take longer than the guest's time slices.
+                space.empty(shared)?;
+                direct.policy.move_back(space.root, self.bus.clock.now());
+                return Ok(false);
+            }
             let gone: Vec<u64> =
                 space.pages.iter().filter(|&(l, p)| !self.still(*l, p)).map(|(l, _)| *l).collect();
             let all = space.pages.len();
@@ -85,7 +93,7 @@ impl Cpu {
         address: u64,
         rip: u64,
     ) -> io::Result<bool> {
-        if address >= USER_END || (STUB..STUB_END).contains(&address) {
+        if !(STUB_END..USER_END).contains(&address) {
             return Ok(false);
         }
         let linear = address >> 12;
@@ -113,7 +121,7 @@ impl Cpu {
         let first = linear & !(AROUND - 1);
         let (mut found, mut code) = (Vec::new(), Vec::new());
         for near in first..first + AROUND {
-            let new = !space.pages.contains_key(&near) && !(STUB..STUB_END).contains(&(near << 12));
+            let new = !space.pages.contains_key(&near) && near >= STUB_END >> 12;
             if (near == linear || new)
                 && let Some(leaf) = self.peek_user(near << 12)
                 && leaf.accessed
@@ -132,7 +140,11 @@ impl Cpu {
             }
         }
         for ((near, physical), word) in code.iter().zip(self.look_at_code(shared, &code)) {
-            let usage = self.usage_of_code(patches, *near, *physical, word);
+            let usage = match self.usage_of_code(patches, *near, *physical, word) {
+                // Where code and data share a page, data that looks like code is read as it is.
+                Use::Copy(..) if !(*near == linear && access == Access::Execute) => Use::Read,
+                usage => usage,
+            };
             found.push((*near, Page { physical: *physical, usage }));
         }
         found.sort_unstable_by_key(|(near, _)| *near);
@@ -177,14 +189,17 @@ impl Cpu {
     }
 
     /// Marks pages as holding code that is looked at; their marks.
-    fn look_at_code(&self, shared: &Shared, pages: &[(u64, u64)]) -> Vec<u32> {
+    fn look_at_code(&mut self, shared: &Shared, pages: &[(u64, u64)]) -> Vec<u32> {
         let marks = self.memory.marks();
-        let known = pages.iter().all(|&(_, page)| marks.word(page) & terem_memory::CODE != 0);
         let words = pages.iter().map(|&(_, page)| marks.mark_code(page)).collect();
-        if !known {
+        if !pages.is_empty() {
+            // Whoever has marked a page before may not have come this far yet.
             crate::membarrier::all_threads();
         }
-        pages.iter().for_each(|&(_, page)| shared.keep_from_writing(self.id, page));
+        for &(_, page) in pages {
+            shared.keep_from_writing(self.id, page);
+            self.tlb.holds_code(self.window + (page << 12));
+        }
         words
     }
 

@@ -27,6 +27,9 @@ impl Pin {
         if self.held.is_none() {
             let all = sched_getaffinity(None).ok().filter(|all| all.count() > 1)?;
             let cpu = sched_getcpu();
+            if cpu >= CpuSet::MAX_CPU {
+                return None;
+            }
             sched_setaffinity(None, &one(cpu)).ok()?;
             (self.held, self.since) = (Some((all, cpu)), now);
         }

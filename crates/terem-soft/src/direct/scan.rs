@@ -71,9 +71,13 @@ fn may_be(bytes: &[u8], at: usize) -> bool {
     match second {
         0x00 => one_of(&[0, 1, 4, 5]),
         0x01 if memory => one_of(&[0, 1, 4]),
-        0x01 => reg == Some(4) || matches!(modrm, Some(0xd0 | 0xee | 0xef | 0xf9)),
-        0x02 | 0x03 | 0x31 | 0x34 | 0xa2 => true,
-        0xae => memory && one_of(&[4, 5, 6]),
+        0x01 => {
+            reg == Some(4)
+                || matches!(modrm, Some(0xc1 | 0xd0 | 0xd4 | 0xd9 | 0xee | 0xef | 0xf9..=0xfb | 0xfd))
+        }
+        0x02 | 0x03 | 0x31 | 0x33 | 0x34 | 0xa2 => true,
+        // In the register form of 6, prefixes tell `umwait` and `tpause` from `mfence`.
+        0xae => (memory && one_of(&[4, 5, 6])) || reg == Some(6),
         0xc7 => (memory && one_of(&[3, 4, 5])) || (!memory && reg == Some(7)),
         _ => false,
     }
@@ -86,6 +90,15 @@ fn is_one(instruction: &Instruction) -> bool {
             | Mnemonic::Rdtsc
             | Mnemonic::Rdtscp
             | Mnemonic::Rdpid
+            | Mnemonic::Rdpru
+            | Mnemonic::Rdpmc
+            | Mnemonic::Umwait
+            | Mnemonic::Tpause
+            | Mnemonic::Monitorx
+            | Mnemonic::Mwaitx
+            | Mnemonic::Vmcall
+            | Mnemonic::Vmmcall
+            | Mnemonic::Vmfunc
             | Mnemonic::Sysenter
             | Mnemonic::Xgetbv
             | Mnemonic::Rdpkru
@@ -178,7 +191,7 @@ mod tests {
 
     #[test]
     fn what_tells_of_the_host_is_found() {
-        let codes: [&[u8]; 11] = [
+        let codes: [&[u8]; 13] = [
             &[0x0f, 0xa2],                   // cpuid
             &[0x0f, 0x31],                   // rdtsc
             &[0x0f, 0x01, 0xf9],             // rdtscp
@@ -190,6 +203,8 @@ mod tests {
             &[0x48, 0x0f, 0xae, 0x27],       // xsave64 [rdi]
             &[0x0f, 0x03, 0xc0],             // lsl eax, eax
             &[0x0f, 0x01, 0x44, 0x24, 0xf0], // sgdt [rsp-10h]
+            &[0x0f, 0x01, 0xc1],             // vmcall
+            &[0xf2, 0x0f, 0xae, 0xf1],       // umwait ecx
         ];
         for code in codes {
             for at in [0, 1, 7, 100, 0x1000 - code.len(), 0xfff] {
@@ -207,7 +222,8 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_it_is_not() {
-        let codes: [&[u8]; 6] = [
+        let codes: [&[u8]; 7] = [
+            &[0x0f, 0xae, 0xf0], // mfence
             &[0x90; 4],
             &[0xb8, 0x0f, 0xa2, 0, 0],       // mov eax, a20fh
             &[0x83, 0xe0, 0x0f, 0x03, 0xc1], // and eax, 15; add eax, ecx

@@ -67,7 +67,9 @@ impl Shared {
     pub(crate) fn new(apics: Arc<ApicSystem>, memory: GuestMemory, always: bool) -> Self {
         // Zeroes, which the host gives lazily.
         let pages = usize::try_from(memory.window_len().div_ceil(PAGE_SIZE)).unwrap_or(0);
-        let writers = std::iter::repeat_with(AtomicU16::default).take(pages).collect();
+        let writers = Box::into_raw(vec![0_u16; pages].into_boxed_slice());
+        // SAFETY: an atomic has the layout of its number, and nobody else has these.
+        let writers = unsafe { Box::from_raw(writers as *mut [AtomicU16]) };
         let inboxes = (0..apics.count()).map(|_| Arc::default()).collect();
         Self {
             writers,

@@ -4,7 +4,7 @@
 //! may have changed (`invlpg`, writes to CR3 …). A flush of everything does not drop it: before the next run each page is looked
 //! up in the page tables again, which costs a hundredth of mapping it anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::child::{Call, Child, STUB_END, Source, USER_END, map, unmap};
@@ -44,6 +44,10 @@ pub(super) struct Page {
 const MOST_REGIONS: usize = 30_000;
 /// Pages of one process, at most: 2 GiB, for which some 20 MiB are kept in mind here.
 const MOST_PAGES: usize = 1 << 19;
+/// Areas of 2 MiB that it has pages in, at most: each costs the host a page table.
+const MOST_AREAS: usize = 4096;
+/// Single pages that may have changed, above which all may.
+const MOST_GONE: usize = 1024;
 
 /// The address space of one CR3, on one vCPU.
 pub(super) struct Space {
@@ -65,6 +69,9 @@ pub(super) struct Space {
     /// How often code was met that must not run, or of which nothing is sure.
     pub(super) kept: u32,
     regions: usize,
+    areas: BTreeSet<u64>,
+    /// A call has failed: what is mapped is not what is known.
+    pub(super) broken: bool,
 }
 
 impl Space {
@@ -82,6 +89,8 @@ impl Space {
             cpu: None,
             kept: 0,
             regions: 0,
+            areas: BTreeSet::new(),
+            broken: false,
         }
     }
 
@@ -91,15 +100,20 @@ impl Space {
     /// As [`Self::put`].
     pub(super) fn empty(&mut self, shared: &Shared) -> io::Result<()> {
         let result = self.child.call(&[unmap(STUB_END, USER_END - STUB_END)]);
+        self.broken |= result.is_err();
+        self.child.forget_extended();
         self.forget(shared);
         self.gone.clear();
+        self.areas.clear();
         (self.stale, self.kept, self.regions) = (false, 0, 0);
         result
     }
 
     /// Whether there is room for this many more mappings.
     pub(super) fn has_room(&self, more: usize) -> bool {
-        self.regions + more <= MOST_REGIONS && self.pages.len() + more <= MOST_PAGES
+        self.regions + more <= MOST_REGIONS
+            && self.pages.len() + more <= MOST_PAGES
+            && self.areas.len() < MOST_AREAS
     }
 
     /// Maps pages by linear page number, ascending. What must not be written as things are, is mapped for reading.
@@ -117,6 +131,7 @@ impl Space {
             if page.usage == Use::Write && !shared.let_write(page.physical) {
                 page.usage = Use::Read;
             }
+            self.areas.insert(linear >> 9);
             if let Some(old) = self.pages.insert(linear, page)
                 && old.usage == Use::Write
             {
@@ -138,8 +153,10 @@ impl Space {
             };
         }
         calls.extend(group.map(Group::call));
-        self.regions += calls.len();
+        // One in the middle of another makes two more of it.
+        self.regions += 2 * calls.len();
         let result = self.child.call(&calls);
+        self.broken |= result.is_err();
         before.into_iter().for_each(|page| shared.no_longer_writes(page));
         result
     }
@@ -166,12 +183,26 @@ impl Space {
             };
         }
         calls.extend(group.map(|(from, last)| unmap(from * 4096, (last + 1 - from) * 4096)));
+        self.regions += calls.len();
         let result = self.child.call(&calls);
+        self.broken |= result.is_err();
         if self.pages.is_empty() {
             self.regions = 0;
         }
         written.into_iter().for_each(|page| shared.no_longer_writes(page));
         result
+    }
+
+    /// A linear page may have changed.
+    pub(super) fn may_have_changed(&mut self, page: u64) {
+        if self.stale || !self.pages.contains_key(&page) {
+            return;
+        }
+        if self.gone.len() < MOST_GONE {
+            self.gone.push(page);
+        } else {
+            self.stale = true;
+        }
     }
 
     /// Forgets all pages, without the process: it is about to go.

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic};
 use terem_cpu::xstate::{AVX, HEADER_END, PKRU, SSE, X87, XSAVE_SIZE, places, standard_size};
 
 use super::Fpu;
-use crate::cpu::{Cpu, Xmm, Ymm};
+use crate::cpu::{Cpu, Xmm, Ymm, cr4};
 use crate::fault::{Exec, Fault};
 use crate::op::{Handler, Op};
 use crate::sse::{MXCSR_DEFAULT, MXCSR_MASK};
@@ -224,7 +224,9 @@ impl Cpu {
         for (i, to) in self.ymm.iter_mut().enumerate() {
             to.low.0 = xmm_at(bytes, i);
         }
-        if self.uppers || bytes[HEADER_END..].iter().any(|&b| b != 0) {
+        // A program may have used what its model does not have.
+        let has = self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & AVX != 0;
+        if has && (self.uppers || bytes[HEADER_END..].iter().any(|&b| b != 0)) {
             self.restore_component(AVX, Some(&bytes[HEADER_END..]), 16);
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::error::ConfigError;
 use crate::key_value::KeyValue;
+use crate::size::ByteSize;
 use crate::text::{TextError, text_type};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,7 +13,8 @@ use std::str::FromStr;
 /// (Intel SDM volume 3, 11.6.2).
 pub const MAX_CPUS: u32 = 254;
 
-/// The number of vCPUs and how they are laid out. `--cpus 8,sockets=2,cores=2,threads=2`
+/// The number of vCPUs, how they are laid out, and the caches that the guest is told of.
+/// `--cpus 8,sockets=2,cores=2,threads=2,l3=32M`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpusConfig {
@@ -31,6 +33,36 @@ pub struct CpusConfig {
     /// Threads in a core.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+    /// Size of each core's level 1 data cache. What is not given of the caches is the CPU model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l1d: Option<ByteSize>,
+    /// Size of each core's level 1 instruction cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l1i: Option<ByteSize>,
+    /// Size of a level 2 cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l2: Option<ByteSize>,
+    /// Size of a level 3 cache; 0 for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l3: Option<ByteSize>,
+    /// Who shares a level 2 cache; usually each core has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l2_sharing: Option<CacheSharing>,
+    /// Who shares a level 3 cache; usually each die has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l3_sharing: Option<CacheSharing>,
+}
+
+/// Who shares a cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheSharing {
+    /// The threads of a core.
+    Core,
+    /// The cores of a die.
+    Die,
+    /// All cores of a socket.
+    Socket,
 }
 
 /// A complete topology.
@@ -62,7 +94,19 @@ impl Default for CpusConfig {
 impl CpusConfig {
     /// `count` vCPUs in the usual topology: one socket.
     pub const fn new(count: u32) -> Self {
-        Self { count, sockets: None, dies: None, cores: None, threads: None }
+        Self {
+            count,
+            sockets: None,
+            dies: None,
+            cores: None,
+            threads: None,
+            l1d: None,
+            l1i: None,
+            l2: None,
+            l3: None,
+            l2_sharing: None,
+            l3_sharing: None,
+        }
     }
 
     /// The whole topology. For a checked configuration its product is `count`.
@@ -83,6 +127,7 @@ impl CpusConfig {
     }
 
     pub(crate) fn validate(&self, errors: &mut Vec<ConfigError>) {
+        self.validate_caches(errors);
         if !(1..=MAX_CPUS).contains(&self.count) {
             let why = if self.count == 0 {
                 "a machine needs a vCPU"
@@ -124,6 +169,35 @@ impl CpusConfig {
     }
 }
 
+impl CpusConfig {
+    /// Sizes that CPUID's leaves can tell of, AMD's among them: 8 bits of KiB for level 1, 16 for level 2, 14 of 512 KiB
+    /// for level 3 (AMD APM volume 3, E.4.4 and E.4.5).
+    fn validate_caches(&self, errors: &mut Vec<ConfigError>) {
+        let (kib, mib) = (ByteSize::kib, ByteSize::mib);
+        let caches = [
+            ("l1d", self.l1d, kib(4), kib(255), kib(1)),
+            ("l1i", self.l1i, kib(4), kib(255), kib(1)),
+            ("l2", self.l2, kib(16), mib(63), kib(4)),
+            ("l3", self.l3.filter(|size| size.0 != 0), kib(512), mib(8191), kib(512)),
+        ];
+        for (name, size, least, most, unit) in caches {
+            let Some(size) = size else { continue };
+            if !(least..=most).contains(&size) || !size.0.is_multiple_of(unit.0) {
+                errors.push(ConfigError::value(
+                    format!("cpus.{name}"),
+                    size,
+                    "a guest cannot be told of a cache of this size",
+                    format!("a multiple of {unit} from {least} to {most}"),
+                ));
+            }
+        }
+        if self.l3_sharing.is_some() && self.l3 == Some(ByteSize(0)) {
+            let no_l3 = "there is no level 3 cache to share";
+            errors.push(ConfigError::missing("cpus.l3_sharing", no_l3, "a size for l3"));
+        }
+    }
+}
+
 impl KeyValue for CpusConfig {
     const MAIN_KEY: &'static str = "count";
 }
@@ -132,12 +206,24 @@ impl KeyValue for CpusConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
-    /// Name of the model (main key): `default`, `host`, or one by name.
+    /// Name of the model (main key): `default`, `host`, `max`, or one of those that `terem cpu models` lists.
     #[serde(default = "default_model")]
     pub model: String,
     /// Features switched on (`+aes`) or off (`-avx2`) against the model. On the command line they stand alone: `host,-avx2`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub flags: Vec<CpuFlag>,
+    /// Whether features that this host or the accelerator cannot give are an error; off: they are left out, and told.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub enforce: bool,
+}
+
+fn on() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+fn is_on(switch: &bool) -> bool {
+    *switch
 }
 
 fn default_model() -> String {
@@ -146,7 +232,7 @@ fn default_model() -> String {
 
 impl Default for CpuConfig {
     fn default() -> Self {
-        Self { model: default_model(), flags: Vec::new() }
+        Self { model: default_model(), flags: Vec::new(), enforce: true }
     }
 }
 
@@ -227,7 +313,7 @@ mod tests {
 
     fn topology(count: u32, parts: [Option<u32>; 4]) -> Topology {
         let [sockets, dies, cores, threads] = parts;
-        CpusConfig { count, sockets, dies, cores, threads }.topology()
+        CpusConfig { sockets, dies, cores, threads, ..CpusConfig::new(count) }.topology()
     }
 
     #[test]
@@ -261,10 +347,28 @@ mod tests {
     }
 
     #[test]
+    fn caches_that_no_leaf_can_tell_of_are_told() {
+        let told = |text: &str| {
+            let mut errors = Vec::new();
+            crate::from_key_values::<CpusConfig>(text).unwrap().validate(&mut errors);
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert!(told("4,l1d=48K,l1i=32K,l2=2M,l2_sharing=die,l3=33M,l3_sharing=socket").is_empty());
+        assert!(told("4,l3=0").is_empty());
+        let all = told("4,l1d=256K,l1i=1000,l2=1G,l3=100K");
+        assert_eq!(all.len(), 4);
+        assert_eq!(
+            all[0],
+            "cpus.l1d = 256K: a guest cannot be told of a cache of this size; expected a multiple of 1K from 4K to 255K"
+        );
+        assert!(told("4,l3=0,l3_sharing=die")[0].starts_with("cpus.l3_sharing"));
+    }
+
+    #[test]
     fn contradictory_flags_are_told() {
         let mut errors = Vec::new();
         let flag = |text: &str| text.parse::<CpuFlag>().unwrap();
-        CpuConfig { model: "default".into(), flags: vec![flag("+aes"), flag("-aes")] }.validate(&mut errors);
+        CpuConfig { flags: vec![flag("+aes"), flag("-aes")], ..CpuConfig::default() }.validate(&mut errors);
         assert_eq!(
             errors[0].to_string(),
             "cpu.flags[1] = -aes: it is switched both on and off; expected each feature once"

@@ -32,7 +32,7 @@ mod trace;
 
 pub use accel::{AccelConfig, AccelKind, DirectPrograms};
 pub use chardev::CharConfig;
-pub use cpu::{CpuConfig, CpuFlag, CpusConfig, MAX_CPUS, Topology};
+pub use cpu::{CacheSharing, CpuConfig, CpuFlag, CpusConfig, MAX_CPUS, Topology};
 pub use disk::{AioMode, CacheMode, DiscardMode, DiskConfig, DiskFormat};
 pub use error::{ConfigError, ConfigErrors, Place};
 pub use file::{from_toml, load};

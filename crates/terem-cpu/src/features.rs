@@ -1,7 +1,12 @@
-//! CPU features by the names that QEMU and Linux use, and where CPUID shows them.
+//! CPU features by the names that QEMU and Linux use, and where the processor shows them.
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::OnceLock;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::feature_words::WORDS;
 
 /// A result register of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -13,183 +18,295 @@ pub enum Register {
     Edx,
 }
 
+/// Where a processor shows up to 32 of its features.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// A register of a CPUID leaf.
+    Cpuid {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+        /// The register that shows it.
+        register: Register,
+    },
+    /// The low half of a model-specific register that reports and takes no orders.
+    Msr(u32),
+}
+
 /// One feature bit.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Feature {
     /// The name on the command line (`+aes`).
     pub name: &'static str,
-    /// CPUID leaf.
-    pub leaf: u32,
-    /// CPUID subleaf.
-    pub subleaf: u32,
-    /// The register that shows it.
-    pub register: Register,
+    /// Where it is shown.
+    pub place: Place,
     /// The bit there.
     pub bit: u8,
+    /// The place's number in [`WORDS`].
+    word: usize,
 }
 
-const fn f(name: &'static str, leaf: u32, subleaf: u32, register: Register, bit: u8) -> Feature {
-    Feature { name, leaf, subleaf, register, bit }
-}
-
-use Register::{Eax, Ebx, Ecx, Edx};
-
-/// All features that a model may name (Intel SDM vol. 2 "CPUID"; AMD APM vol. 3 appendix E).
-pub const FEATURES: &[Feature] = &[
-    f("fpu", 1, 0, Edx, 0),
-    f("vme", 1, 0, Edx, 1),
-    f("de", 1, 0, Edx, 2),
-    f("pse", 1, 0, Edx, 3),
-    f("tsc", 1, 0, Edx, 4),
-    f("msr", 1, 0, Edx, 5),
-    f("pae", 1, 0, Edx, 6),
-    f("mce", 1, 0, Edx, 7),
-    f("cx8", 1, 0, Edx, 8),
-    f("apic", 1, 0, Edx, 9),
-    f("sep", 1, 0, Edx, 11),
-    f("mtrr", 1, 0, Edx, 12),
-    f("pge", 1, 0, Edx, 13),
-    f("mca", 1, 0, Edx, 14),
-    f("cmov", 1, 0, Edx, 15),
-    f("pat", 1, 0, Edx, 16),
-    f("pse36", 1, 0, Edx, 17),
-    f("clflush", 1, 0, Edx, 19),
-    f("mmx", 1, 0, Edx, 23),
-    f("fxsr", 1, 0, Edx, 24),
-    f("sse", 1, 0, Edx, 25),
-    f("sse2", 1, 0, Edx, 26),
-    f("sse3", 1, 0, Ecx, 0),
-    f("pclmulqdq", 1, 0, Ecx, 1),
-    f("monitor", 1, 0, Ecx, 3),
-    f("ssse3", 1, 0, Ecx, 9),
-    f("fma", 1, 0, Ecx, 12),
-    f("cx16", 1, 0, Ecx, 13),
-    f("pcid", 1, 0, Ecx, 17),
-    f("sse4.1", 1, 0, Ecx, 19),
-    f("sse4.2", 1, 0, Ecx, 20),
-    f("x2apic", 1, 0, Ecx, 21),
-    f("movbe", 1, 0, Ecx, 22),
-    f("popcnt", 1, 0, Ecx, 23),
-    f("tsc-deadline", 1, 0, Ecx, 24),
-    f("aes", 1, 0, Ecx, 25),
-    f("xsave", 1, 0, Ecx, 26),
-    f("avx", 1, 0, Ecx, 28),
-    f("f16c", 1, 0, Ecx, 29),
-    f("rdrand", 1, 0, Ecx, 30),
-    f("hypervisor", 1, 0, Ecx, 31),
-    f("arat", 6, 0, Eax, 2),
-    f("fsgsbase", 7, 0, Ebx, 0),
-    f("tsc-adjust", 7, 0, Ebx, 1),
-    f("bmi1", 7, 0, Ebx, 3),
-    f("avx2", 7, 0, Ebx, 5),
-    f("smep", 7, 0, Ebx, 7),
-    f("bmi2", 7, 0, Ebx, 8),
-    f("erms", 7, 0, Ebx, 9),
-    f("invpcid", 7, 0, Ebx, 10),
-    f("rdseed", 7, 0, Ebx, 18),
-    f("adx", 7, 0, Ebx, 19),
-    f("smap", 7, 0, Ebx, 20),
-    f("clflushopt", 7, 0, Ebx, 23),
-    f("clwb", 7, 0, Ebx, 24),
-    f("sha-ni", 7, 0, Ebx, 29),
-    f("umip", 7, 0, Ecx, 2),
-    f("pku", 7, 0, Ecx, 3),
-    f("vaes", 7, 0, Ecx, 9),
-    f("vpclmulqdq", 7, 0, Ecx, 10),
-    f("rdpid", 7, 0, Ecx, 22),
-    f("fsrm", 7, 0, Edx, 4),
-    f("xsaveopt", 0xd, 1, Eax, 0),
-    f("xsavec", 0xd, 1, Eax, 1),
-    f("xgetbv1", 0xd, 1, Eax, 2),
-    f("xsaves", 0xd, 1, Eax, 3),
-    f("syscall", 0x8000_0001, 0, Edx, 11),
-    f("nx", 0x8000_0001, 0, Edx, 20),
-    f("pdpe1gb", 0x8000_0001, 0, Edx, 26),
-    f("rdtscp", 0x8000_0001, 0, Edx, 27),
-    f("lm", 0x8000_0001, 0, Edx, 29),
-    f("lahf-lm", 0x8000_0001, 0, Ecx, 0),
-    f("cmp-legacy", 0x8000_0001, 0, Ecx, 1),
-    f("abm", 0x8000_0001, 0, Ecx, 5),
-    f("3dnowprefetch", 0x8000_0001, 0, Ecx, 8),
-    f("topoext", 0x8000_0001, 0, Ecx, 22),
-    f("invtsc", 0x8000_0007, 0, Edx, 8),
+/// Names that Linux, QEMU or a manual use besides, and what they are here. Spellings with other or no signs between letters
+/// are known without an entry.
+const OTHER_NAMES: &[(&str, &str)] = &[
+    ("pni", "sse3"),
+    ("xd", "nx"),
+    ("i64", "lm"),
+    ("ffxsr", "fxsr-opt"),
+    ("pclmuldq", "pclmulqdq"),
+    ("lzcnt", "abm"),
+    ("sha", "sha-ni"),
+    ("tsc-deadline-timer", "tsc-deadline"),
+    ("htt", "ht"),
+    ("hv", "hypervisor"),
 ];
 
-/// The feature of this name (`_` and `-` are the same; `sse4_1` is `sse4.1`).
+/// All features, in the order of [`WORDS`] (Intel SDM vol. 2 "CPUID"; AMD APM vol. 3 appendix E).
+pub fn features() -> impl Iterator<Item = Feature> {
+    WORDS.iter().enumerate().flat_map(|(word, (place, names))| {
+        let named = (0..).zip(names.split_whitespace()).filter(|(_, name)| *name != "-");
+        named.map(move |(bit, name)| Feature { name, place: *place, bit, word })
+    })
+}
+
+/// Features by their name without signs.
+fn index() -> &'static HashMap<String, Feature> {
+    static INDEX: OnceLock<HashMap<String, Feature>> = OnceLock::new();
+    INDEX.get_or_init(|| {
+        let mut index: HashMap<_, _> = features().map(|f| (plain(f.name), f)).collect();
+        for (other, name) in OTHER_NAMES {
+            if let Some(feature) = index.get(&plain(name)).copied() {
+                index.insert(plain(other), feature);
+            }
+        }
+        index
+    })
+}
+
+/// A name as it is compared: in small letters, and without the signs that every list sets differently.
+fn plain(name: &str) -> String {
+    name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
+}
+
+/// The feature of this name (`sse4_1`, `sse4-1` and `SSE4.1` are the same).
 #[must_use]
-pub fn feature(name: &str) -> Option<&'static Feature> {
-    let plain = |s: &str| s.to_ascii_lowercase().replace(['_', '.'], "-");
-    let name = plain(name);
-    FEATURES.iter().find(|f| plain(f.name) == name)
+pub fn feature(name: &str) -> Option<Feature> {
+    index().get(&plain(name)).copied()
+}
+
+/// The feature spelled just so: for what the program itself asks, often.
+fn exact(name: &str) -> Option<Feature> {
+    static INDEX: OnceLock<HashMap<&'static str, Feature>> = OnceLock::new();
+    INDEX.get_or_init(|| features().map(|f| (f.name, f)).collect()).get(name).copied()
 }
 
 /// A set of features.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct FeatureSet(BTreeSet<&'static str>);
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct FeatureSet([u32; WORDS.len()]);
 
 impl fmt::Debug for FeatureSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(&self.0).finish()
+        f.debug_set().entries(self.names()).finish()
     }
 }
 
 impl FeatureSet {
-    /// The features of these names; names that [`FEATURES`] does not have are left out.
+    /// The features of these names; names of no feature are left out.
     #[must_use]
     pub fn of(names: &[&str]) -> Self {
-        Self(names.iter().filter_map(|n| feature(n)).map(|f| f.name).collect())
+        let mut set = Self::default();
+        names.iter().filter_map(|n| feature(n)).for_each(|f| set.set(f, true));
+        set
     }
 
-    /// Whether it has the feature of this name.
+    /// What the registers show that `read` gives, bits without a name left out.
+    #[must_use]
+    pub fn read(mut read: impl FnMut(Place) -> u32) -> Self {
+        let mut set = Self::default();
+        for (word, (place, _)) in set.0.iter_mut().zip(WORDS) {
+            *word = read(place);
+        }
+        set.and(&Self::all())
+    }
+
+    /// Every feature that has a name.
+    #[must_use]
+    pub fn all() -> Self {
+        let mut set = Self::default();
+        features().for_each(|f| set.set(f, true));
+        set
+    }
+
+    /// Whether it has the feature of this name, spelled as [`features`] has it.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        feature(name).is_some_and(|f| self.0.contains(f.name))
+        exact(name).is_some_and(|f| self.contains(f))
+    }
+
+    /// Whether it has this feature.
+    #[must_use]
+    pub fn contains(&self, f: Feature) -> bool {
+        self.0[f.word] >> f.bit & 1 != 0
     }
 
     /// Puts a feature in or takes it out.
-    pub fn set(&mut self, feature: &'static Feature, on: bool) {
-        if on {
-            self.0.insert(feature.name);
-        } else {
-            self.0.remove(feature.name);
-        }
+    pub fn set(&mut self, f: Feature, on: bool) {
+        self.0[f.word] = self.0[f.word] & !(1 << f.bit) | u32::from(on) << f.bit;
     }
 
-    /// The features that are not in `other`.
+    /// Its features.
+    pub fn iter(&self) -> impl Iterator<Item = Feature> {
+        features().filter(|f| self.contains(*f))
+    }
+
+    /// Their names in alphabetical order.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        let mut names: Vec<_> = self.iter().map(|f| f.name).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.0.iter().map(|w| w.count_ones()).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn zip(&self, other: &Self, with: impl Fn(u32, u32) -> u32) -> Self {
+        let mut set = *self;
+        set.0.iter_mut().zip(other.0).for_each(|(a, b)| *a = with(*a, b));
+        set
+    }
+
+    /// Those that both have.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        self.zip(other, |a, b| a & b)
+    }
+
+    /// Those that either has.
+    #[must_use]
+    pub fn or(&self, other: &Self) -> Self {
+        self.zip(other, |a, b| a | b)
+    }
+
+    /// Those that are not in `other`.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        self.zip(other, |a, b| a & !b)
+    }
+
+    /// The names of those that are not in `other`, in alphabetical order.
     #[must_use]
     pub fn missing_from(&self, other: &Self) -> Vec<&'static str> {
-        self.0.difference(&other.0).copied().collect()
+        self.without(other).names()
     }
 
-    /// Without those of `other`.
-    pub fn remove(&mut self, other: &Self) {
-        self.0.retain(|name| !other.0.contains(name));
-    }
-
-    /// The bits that CPUID shows in this register.
+    /// The bits that this place shows.
     #[must_use]
-    pub fn bits(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
-        let shown = |f: &&Feature| f.leaf == leaf && f.subleaf == subleaf && f.register == register;
-        FEATURES.iter().filter(shown).filter(|f| self.0.contains(f.name)).fold(0, |b, f| b | 1 << f.bit)
+    pub fn bits(&self, place: Place) -> u32 {
+        WORDS.iter().position(|(p, _)| *p == place).map_or(0, |word| self.0[word])
+    }
+
+    /// The highest CPUID leaf of each range that shows one of them, and the highest subleaf of leaf 7.
+    #[must_use]
+    pub(crate) fn highest_leaves(&self) -> (u32, u32, u32) {
+        let (mut basic, mut extended, mut seven) = (0, 0, 0);
+        for ((place, _), bits) in WORDS.iter().zip(self.0) {
+            if let Place::Cpuid { leaf, subleaf, .. } = *place
+                && bits != 0
+            {
+                let range = if leaf < 0x4000_0000 { &mut basic } else { &mut extended };
+                *range = leaf.max(*range);
+                seven = if leaf == 7 { subleaf.max(seven) } else { seven };
+            }
+        }
+        (basic, extended, seven)
+    }
+}
+
+impl Serialize for FeatureSet {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.names())
+    }
+}
+
+impl<'de> Deserialize<'de> for FeatureSet {
+    /// Names of no feature are left out: a later version may have written them.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let names = Vec::<String>::deserialize(deserializer)?;
+        Ok(Self::of(&names.iter().map(String::as_str).collect::<Vec<_>>()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
+    const fn ecx(leaf: u32) -> Place {
+        Place::Cpuid { leaf, subleaf: 0, register: Register::Ecx }
+    }
 
     #[test]
-    fn names_and_places_are_unique() {
-        let names: BTreeSet<_> = FEATURES.iter().map(|f| f.name).collect();
-        let places: BTreeSet<_> = FEATURES.iter().map(|f| (f.leaf, f.subleaf, f.register, f.bit)).collect();
-        assert_eq!((names.len(), places.len()), (FEATURES.len(), FEATURES.len()));
+    fn names_and_places_are_unique_and_words_hold_32() {
+        let names: BTreeSet<_> = features().map(|f| plain(f.name)).collect();
+        let places: BTreeSet<_> = features().map(|f| (f.place, f.bit)).collect();
+        assert_eq!((names.len(), places.len()), (features().count(), features().count()));
+        assert!(features().all(|f| f.bit < 32));
+        assert!(names.len() > 250, "{}", names.len());
+        for (other, name) in OTHER_NAMES {
+            assert!(exact(name).is_some() && !names.contains(&plain(other)), "{other} {name}");
+        }
     }
 
     #[test]
     fn spellings_of_peers_are_known() {
-        for n in ["sse4_1", "sse4.1", "SSE4-1", "lahf_lm", "tsc_adjust"] {
-            assert!(feature(n).is_some(), "{n}");
+        for (theirs, ours) in [
+            ("sse4_1", "sse4.1"),
+            ("SSE4-1", "sse4.1"),
+            ("lahf_lm", "lahf-lm"),
+            ("pni", "sse3"),
+            ("avx512_vnni", "avx512vnni"),
+            ("avx512_vpopcntdq", "avx512-vpopcntdq"),
+            ("cr8_legacy", "cr8legacy"),
+        ] {
+            assert_eq!(feature(theirs).unwrap().name, ours);
         }
-        assert_eq!(FeatureSet::of(&["sse2", "aes"]).bits(1, 0, Ecx), 1 << 25);
+        assert_eq!(FeatureSet::of(&["sse2", "aes"]).bits(ecx(1)), 1 << 25);
+    }
+
+    #[test]
+    fn registers_and_names_say_the_same() {
+        let set = FeatureSet::of(&["aes", "topoext", "rdctl-no", "avx-vnni", "ht"]);
+        assert_eq!(FeatureSet::read(|place| set.bits(place)), set);
+        assert_eq!(FeatureSet::read(|_| u32::MAX), FeatureSet::all());
+        let json = serde_json::to_string(&set).unwrap();
+        assert_eq!(json, r#"["aes","avx-vnni","ht","rdctl-no","topoext"]"#);
+        let later = json.replace("\"ht\"", "\"ht\",\"of-the-year-2050\"");
+        assert_eq!(serde_json::from_str::<FeatureSet>(&later).unwrap(), set);
+    }
+
+    #[test]
+    fn sets_are_combined() {
+        let (a, b) = (FeatureSet::of(&["aes", "avx"]), FeatureSet::of(&["avx", "fma"]));
+        assert_eq!(a.and(&b).names(), ["avx"]);
+        assert_eq!(a.or(&b).names(), ["aes", "avx", "fma"]);
+        assert_eq!(a.missing_from(&b), ["aes"]);
+        assert_eq!((a.len(), a.is_empty()), (2, false));
+    }
+
+    #[test]
+    fn features_say_which_leaves_they_need() {
+        assert_eq!(FeatureSet::of(&["sse2", "lm"]).highest_leaves(), (1, 0x8000_0001, 0));
+        assert_eq!(FeatureSet::of(&["mcdt-no", "clzero"]).highest_leaves(), (7, 0x8000_0008, 2));
     }
 }

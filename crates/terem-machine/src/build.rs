@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use terem_block::{Disk, Op};
 use terem_bus::{Bus, Clock};
 use terem_config::{CharConfig, DirectPrograms};
-use terem_cpu::{Accelerator, CpuError, CpuModel, Trace};
+use terem_cpu::{Accelerator, CpuError, Trace};
 use terem_devices::chipset::uart::CharBackend;
 use terem_devices::virtio::{Blk, Console, Net, Rng, VirtioDevice};
 use terem_memory::{GuestMemory, MemoryError};
@@ -43,9 +43,6 @@ pub enum BuildError {
     /// The processors.
     #[error(transparent)]
     Cpu(#[from] CpuError),
-    /// The model, which the plan has checked.
-    #[error("there is no such CPU model: {0}")]
-    Model(String),
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -145,6 +142,10 @@ impl Machine {
         plug_in(&plan, &mut board, &backends, &mut consoles, &bus.clock)?;
         let firmware = firmware(&plan, files)?;
         let mut notices = consoles.notices;
+        if !plan.cpus.left_out.is_empty() {
+            let (model, left_out) = (&plan.cpus.model, plan.cpus.left_out.join(", "));
+            notices.push(format!("this host cannot give {model} {left_out}: the guest does without"));
+        }
         notices.extend(gdb_listener.as_ref().map(|gdb| format!("gdb: target remote {}", gdb.address())));
         let mut at_end = flushes(&backends.disks);
         at_end.push(Box::new(move || traces.end()));
@@ -189,7 +190,7 @@ fn accelerator(
     trace: Option<Trace>,
 ) -> Result<Arc<dyn Accelerator>, BuildError> {
     let c = &plan.cpus;
-    let model = CpuModel::find(&c.model, &c.flags).map_err(|_| BuildError::Model(c.model.clone()))?;
+    let model = c.cpu.clone();
     let translate = plan.accelerator.translate;
     let direct = match plan.accelerator.direct {
         DirectPrograms::Off => Directly::Never,

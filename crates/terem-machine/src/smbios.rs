@@ -1,5 +1,6 @@
 //! SMBIOS 3.0 tables (DSP0134 3.0.0): what `dmidecode` shows, and how guests know that they are guests.
 
+use terem_cpu::{Level, Place, Register};
 use terem_memory::vm_memory::{Bytes, GuestAddress};
 use terem_memory::{GuestMemory, MemoryError};
 
@@ -190,19 +191,21 @@ fn chassis() -> Structure {
         .raw(&[0, 0, 0, 0, 0])
 }
 
-/// Type 4 (7.5).
+/// Type 4 (7.5). Its ID is EAX and EDX of CPUID leaf 1.
 fn processor(plan: &Plan, socket: u32) -> Structure {
-    let threads = plan.cpus.cores.saturating_mul(plan.cpus.threads);
+    let features = plan.cpus.cpu.features.bits(Place::Cpuid { leaf: 1, subleaf: 0, register: Register::Edx });
+    let topology = plan.cpus.topology();
+    let threads = topology.in_one(Level::Socket);
     let short = |n: u32| u8::try_from(n).unwrap_or(0xff);
     let long = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-    let cores = plan.cpus.cores;
+    let cores = threads / topology.threads.max(1);
     Structure::new(4, handle::PROCESSOR + u16::try_from(socket).unwrap_or(0))
         .text(&format!("CPU {socket}"))
         .byte(3) // central processor
         .byte(1) // family "other"
-        .text(MANUFACTURER)
-        .qword(0)
-        .text(&plan.cpus.model)
+        .text(plan.cpus.cpu.vendor.to_string().as_str())
+        .qword(u64::from(plan.cpus.cpu.signature.pack()) | u64::from(features) << 32)
+        .text(&plan.cpus.cpu.brand)
         .raw(&[0, 0, 0, 0, 0, 0, 0]) // voltage, external clock, maximum and current speed: unknown
         .byte(0x41) // populated, enabled
         .byte(1) // "other" upgrade
@@ -274,7 +277,7 @@ mod tests {
 
     fn plan(memory: ByteSize) -> Plan {
         let config = MachineConfig { kernel: Some("vmlinuz".into()), memory, ..MachineConfig::default() };
-        Plan::new(&config, &HostInventory { memory: None, no_kvm: None }).unwrap()
+        Plan::new(&config, &HostInventory::default()).unwrap()
     }
 
     /// Type, length and strings of each structure.

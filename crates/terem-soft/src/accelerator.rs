@@ -69,7 +69,7 @@ impl SoftAccelerator {
     /// [`CpuError::Unsupported`] lists the model's features that this host's CPU lacks and the interpreter
     /// takes from it.
     pub fn new(bus: Arc<Bus>, memory: GuestMemory, mut config: SoftConfig) -> Result<Self, CpuError> {
-        let host = crate::sse::supported_features();
+        let host = crate::supported_features();
         config.model.leave_out_what_is_not_in(&host);
         let missing: Vec<&str> = config.model.features.missing_from(&host);
         if !missing.is_empty() {
@@ -83,7 +83,7 @@ impl SoftAccelerator {
             return Err(CpuError::Unsupported { accelerator: "the software CPU", reason });
         }
         let t = config.topology;
-        let ids: Vec<u32> = (0..t.sockets * t.cores * t.threads).map(|i| t.apic_id(i)).collect();
+        let ids: Vec<u32> = (0..t.cpus()).map(|i| t.apic_id(i)).collect();
         let apics = ApicSystem::new(&ids, Arc::clone(&bus));
         let listening = Arc::downgrade(&apics);
         memory.marks().on_change(move || {

@@ -28,6 +28,7 @@ mod direct;
 mod event;
 mod far;
 mod fault;
+mod features;
 mod integer;
 mod iret;
 mod low;
@@ -57,4 +58,5 @@ mod x87;
 mod oracle;
 
 pub use accelerator::{Directly, SoftAccelerator, SoftConfig, TSC_KHZ};
+pub use features::supported_features;
 pub use membarrier::announce_barriers;

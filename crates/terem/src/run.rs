@@ -189,7 +189,7 @@ impl Session {
 fn cannot_build(name: &str, error: &BuildError) -> Failure {
     let text = format!("cannot run {name}: {}", chain(error));
     match error {
-        BuildError::NoKernel | BuildError::Model(_) => Failure::configuration(text),
+        BuildError::NoKernel => Failure::configuration(text),
         _ => Failure::host(text),
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::Serialize;
+use terem_cpu::{FeatureSet, HostCpu};
 
 /// What this host has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -11,6 +12,17 @@ pub struct HostInventory {
     pub memory: Option<u64>,
     /// Why hardware virtualisation cannot be used; `None` where `/dev/kvm` can be opened.
     pub no_kvm: Option<String>,
+    /// The processor, for machines that are to have the same; `None` where nobody has looked.
+    pub cpu: Option<HostCpu>,
+    /// The CPU features that the software CPU can give here.
+    pub soft_features: FeatureSet,
+}
+
+impl Default for HostInventory {
+    /// A host of which nothing is known but what runs this program.
+    fn default() -> Self {
+        Self { memory: None, no_kvm: None, cpu: None, soft_features: terem_soft::supported_features() }
+    }
 }
 
 impl HostInventory {
@@ -18,7 +30,8 @@ impl HostInventory {
     #[must_use]
     pub fn here() -> Self {
         let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text));
-        Self { memory, no_kvm: kvm_obstacle(Path::new("/dev/kvm")) }
+        let cpu = Some(HostCpu::read(terem_host::cpuid));
+        Self { memory, no_kvm: kvm_obstacle(Path::new("/dev/kvm")), cpu, ..Self::default() }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Config and host inventory in, placement out: pure data without side effects, shown by `--plan`.
 
+mod cpus;
 mod host;
 pub mod memory;
 pub mod pci;
@@ -13,8 +14,9 @@ use terem_config::{
     AccelKind, CharConfig, DirectPrograms, DiskConfig, GdbConfig, MachineConfig, NetBackendConfig, NetConfig,
     TraceConfig,
 };
-use terem_cpu::{CpuModel, ModelError, Topology};
+use terem_cpu::ModelError;
 
+pub use cpus::CpuPlan;
 pub use host::HostInventory;
 pub use memory::{MemoryMap, MemoryMapError, Window};
 use pci::{PciAddress, Slots};
@@ -72,31 +74,6 @@ pub struct AcceleratorPlan {
     pub translate: bool,
     /// Which programs run on the host's processor directly.
     pub direct: DirectPrograms,
-}
-
-/// The processors.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CpuPlan {
-    /// How many.
-    pub count: u32,
-    /// Packages.
-    pub sockets: u32,
-    /// Cores in a package, all dies together.
-    pub cores: u32,
-    /// Threads in a core.
-    pub threads: u32,
-    /// The model's name.
-    pub model: String,
-    /// Changes to the model: `+aes`, `-avx2`.
-    pub flags: Vec<String>,
-}
-
-impl CpuPlan {
-    /// The topology as CPUID shows it.
-    #[must_use]
-    pub fn topology(&self) -> Topology {
-        Topology { sockets: self.sockets, cores: self.cores, threads: self.threads }
-    }
 }
 
 /// What is booted.
@@ -170,12 +147,35 @@ pub enum PlanError {
     /// See [`ModelError`].
     #[error("cpu: {0}")]
     Model(#[from] ModelError),
+    /// The accelerator lacks something of the model.
+    #[error(
+        "cpu: {accelerator} on this host cannot give {model} {}; choose another model (`terem cpu models`), \
+         switch them off (--cpu {model},-{} …), or leave out all of them (--cpu {model},enforce=off)",
+        missing.join(", "),
+        missing.first().map_or("", String::as_str),
+    )]
+    Features {
+        /// The accelerator.
+        accelerator: &'static str,
+        /// The model.
+        model: String,
+        /// What it lacks.
+        missing: Vec<String>,
+    },
+    /// The topology numbers processors beyond what interrupts reach.
+    #[error(
+        "cpus: in this topology the last vCPU has APIC id {last}, and {MAX_APIC_ID} is the highest there can be; \
+         ids have gaps where dies, cores or threads are no power of two"
+    )]
+    ApicIds {
+        /// The highest id.
+        last: u32,
+    },
     /// Hardware virtualisation is not built in.
     #[error(
         "accel: this version has no KVM accelerator; use --accel soft (the software CPU), or leave it out"
     )]
     Kvm,
-    /// Translation is not built in.
     /// The bus is full.
     #[error("{count} devices were asked for and the PCI bus has {} free slots; leave some out", Slots::ROOM)]
     Slots {
@@ -199,8 +199,8 @@ impl fmt::Display for PlanErrors {
 
 impl std::error::Error for PlanErrors {}
 
-/// The model that `default` and, without hardware virtualisation, `host` mean.
-const DEFAULT_MODEL: &str = "terem64";
+/// The highest xAPIC id: 255 addresses all (Intel SDM vol. 3, 11.6.2).
+const MAX_APIC_ID: u32 = 254;
 /// A kernel that was given no command line at least shows what it does.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// Queues beyond this bring nothing to a disk by default.
@@ -217,14 +217,11 @@ impl Plan {
         if let Some(have) = host.memory.filter(|&have| have < config.memory.bytes()) {
             errors.push(PlanError::HostMemory { asked: config.memory.bytes(), have });
         }
-        let cpus = CpuPlan::new(config);
-        if let Err(wrong) = CpuModel::find(&cpus.model, &cpus.flags) {
-            errors.extend(wrong.into_iter().map(PlanError::from));
-        }
         let accelerator = accelerator(config, host, &mut errors);
-        let devices = Devices::place(config, cpus.count, &name(config), &mut errors);
-        match (memory, devices) {
-            (Some(memory), Some(d)) if errors.is_empty() => Ok(Self {
+        let cpus = CpuPlan::new(config, host, &mut errors);
+        let devices = Devices::place(config, config.cpus.count, &name(config), &mut errors);
+        match (memory, cpus, devices) {
+            (Some(memory), Some(cpus), Some(d)) if errors.is_empty() => Ok(Self {
                 name: name(config),
                 board: Board::Q35,
                 accelerator,
@@ -245,24 +242,6 @@ impl Plan {
                 traces: config.traces.clone(),
             }),
             _ => Err(PlanErrors(errors)),
-        }
-    }
-}
-
-impl CpuPlan {
-    fn new(config: &MachineConfig) -> Self {
-        let t = config.cpus.topology();
-        let model = match config.cpu.model.as_str() {
-            "default" | "host" => DEFAULT_MODEL,
-            named => named,
-        };
-        Self {
-            count: config.cpus.count,
-            sockets: t.sockets,
-            cores: t.dies.saturating_mul(t.cores),
-            threads: t.threads,
-            model: model.into(),
-            flags: config.cpu.flags.iter().map(ToString::to_string).collect(),
         }
     }
 }
@@ -387,7 +366,11 @@ mod tests {
     use terem_config::{ByteSize, CpusConfig};
 
     fn host() -> HostInventory {
-        HostInventory { memory: Some(24 << 30), no_kvm: Some("this host has no /dev/kvm".into()) }
+        HostInventory {
+            memory: Some(24 << 30),
+            no_kvm: Some("this host has no /dev/kvm".into()),
+            ..HostInventory::default()
+        }
     }
 
     fn config() -> MachineConfig {

@@ -25,17 +25,7 @@ impl fmt::Display for Plan {
             (true, DirectPrograms::Always) => ", all programs run directly",
         };
         writeln!(f, "accelerator  software CPU{how}{reason}")?;
-        let c = &self.cpus;
-        let flags: String = c.flags.iter().map(|flag| format!(",{flag}")).collect();
-        writeln!(
-            f,
-            "cpus         {} × {}{flags}: {}, {} each, {} each",
-            c.count,
-            c.model,
-            counted(c.sockets, "socket"),
-            counted(c.cores, "core"),
-            counted(c.threads, "thread")
-        )?;
+        self.processors(f)?;
         writeln!(f, "memory       {} MiB, {} address bits", self.memory.size >> 20, self.memory.phys_bits)?;
         if let Some(boot) = &self.boot {
             writeln!(f, "kernel       {}", boot.kernel.display())?;
@@ -60,6 +50,23 @@ impl fmt::Display for Plan {
 }
 
 impl Plan {
+    fn processors(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let c = &self.cpus;
+        let flags: String = c.flags.iter().map(|flag| format!(",{flag}")).collect();
+        let dies = if c.dies > 1 { format!("{} each, ", counted(c.dies, "die")) } else { String::new() };
+        let (sockets, cores, threads) =
+            (counted(c.sockets, "socket"), counted(c.cores, "core"), counted(c.threads, "thread"));
+        writeln!(
+            f,
+            "cpus         {} × {}{flags}: {sockets}, {dies}{cores} each, {threads} each",
+            c.count, c.model
+        )?;
+        if !c.left_out.is_empty() {
+            writeln!(f, "left out     {}", c.left_out.join(", "))?;
+        }
+        Ok(())
+    }
+
     fn devices(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = |at: String, what: &str, text: String| writeln!(f, "  {at:<14}{what:<16}{text}");
         let port = |p: u16| format!("port {p:#x}");

@@ -205,7 +205,7 @@ fn the_supervisors_instructions_are_the_compacted_ones() {
 
 #[test]
 fn areas_are_saved_and_restored_as_on_the_host() {
-    let host = |f: &str| crate::sse::supported_features().has(f);
+    let host = |f: &str| crate::supported_features().has(f);
     // "GenuineIntel": which bytes are touched and what counts as in use is each family's own affair.
     let intel = core::arch::x86_64::__cpuid(0).ebx == u32::from_le_bytes(*b"Genu");
     if !host("xsave") || !host("avx") || !intel {

@@ -142,12 +142,12 @@ impl Oracle {
             }
         }
         let mut model = CpuModel::find("x86-64-v2", &[]).unwrap();
-        model.features = super::supported_features();
+        model.features = crate::supported_features();
         let set = InstructionSet::new(&model.features);
         let memory = GuestMemory::new(&[RamRange { base: 0, size: 0x10000 }]).unwrap();
         let config = SoftConfig {
             model,
-            topology: Topology { sockets: 1, cores: 1, threads: 1 },
+            topology: Topology::flat(1),
             phys_bits: 40,
             translate: true,
             direct: crate::Directly::Never,

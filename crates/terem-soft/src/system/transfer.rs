@@ -145,7 +145,7 @@ fn flat(selector: u16, code: bool, long: bool, dpl: u8) -> Segment {
 }
 
 fn syscall(cpu: &mut Cpu, op: &Op) -> Exec {
-    if cpu.msrs.efer & efer::SCE == 0 || !cpu.protected() {
+    if cpu.msrs.efer & efer::SCE == 0 || !cpu.protected() || no_syscall(cpu) {
         return Err(Fault::UD);
     }
     let next = cpu.next_rip(op);
@@ -175,7 +175,7 @@ fn syscall(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn sysret(cpu: &mut Cpu, op: &Op) -> Exec {
-    if cpu.msrs.efer & efer::SCE == 0 || !cpu.protected() {
+    if cpu.msrs.efer & efer::SCE == 0 || !cpu.protected() || no_syscall(cpu) {
         return Err(Fault::UD);
     }
     cpu.privileged()?;
@@ -206,9 +206,14 @@ fn sysret(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(())
 }
 
+/// Intel's processors have `syscall` and `sysret` in 64-bit mode only.
+fn no_syscall(cpu: &Cpu) -> bool {
+    !cpu.code64() && !cpu.cpuid.model().vendor.is_like_amd()
+}
+
 /// AMD's processors do not have `sysenter` and `sysexit` in long mode.
 fn no_sysenter(cpu: &Cpu) -> bool {
-    cpu.long_mode() && cpu.cpuid.model().vendor == *b"AuthenticAMD"
+    cpu.long_mode() && cpu.cpuid.model().vendor.is_like_amd()
 }
 
 fn sysenter(cpu: &mut Cpu, _: &Op) -> Exec {

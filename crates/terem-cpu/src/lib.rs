@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod accelerator;
+mod baseline;
 mod cache;
 mod catalogue;
 mod counters;
@@ -22,6 +23,7 @@ mod trace;
 pub mod xstate;
 
 pub use accelerator::{Accelerator, CpuError, Stop, Vcpu};
+pub use baseline::{Baseline, baseline};
 pub use cache::{Cache, Caches, Kind as CacheKind};
 pub use catalogue::{given_to_all, models};
 pub use counters::Counters;

@@ -248,6 +248,7 @@ fn firmware(plan: &Plan, files: BootFiles) -> Result<Firmware, BuildError> {
         map: &plan.memory,
         topology: plan.cpus.topology(),
         cpus: plan.cpus.count,
+        caches: plan.cpus.cpu.caches,
         pvpanic: true,
     };
     Ok(Firmware { tables: Tables::new(&description)?, smbios: Smbios::new(plan), files })

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::cpu::arguments::CpuArguments;
 use crate::disk::arguments::DiskArguments;
 use crate::exit;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -79,6 +80,8 @@ pub enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<std::ffi::OsString>,
     },
+    /// CPU models: what guests see of them, and which hosts can run them.
+    Cpu(CpuArguments),
     /// Show what this host can give to machines.
     Host {
         /// As JSON.

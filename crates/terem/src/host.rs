@@ -3,13 +3,23 @@
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::{print, print_json};
+use serde::Serialize;
 use terem_config::ByteSize;
 use terem_host::{HostInventory, IoUring, KvmVerdict};
+use terem_machine::HostCpus;
+
+/// The inventory, with what `terem cpu` wants to know of a host.
+#[derive(Serialize)]
+struct Host {
+    #[serde(flatten)]
+    inventory: HostInventory,
+    cpu: HostCpus,
+}
 
 /// Shows the inventory.
 pub fn show(json: bool) -> Result<Exit, Failure> {
-    let host = HostInventory::read();
-    if json { print_json(&host) } else { print(&describe(&host)) }
+    let inventory = HostInventory::read();
+    if json { print_json(&Host { inventory, cpu: HostCpus::here() }) } else { print(&describe(&inventory)) }
 }
 
 fn describe(host: &HostInventory) -> String {

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod cpu;
 mod detach;
 mod disk;
 mod escape;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Command::QemuImg { arguments } => {
             return qemu_img::main([OsString::from("qemu-img")].into_iter().chain(arguments));
         }
+        Command::Cpu(arguments) => cpu::run(&arguments),
         Command::Host { json } => host::show(json),
     };
     match exit {

@@ -4,7 +4,8 @@
 //!   RSDP (0xE0000) ──> XSDT ──> FADT ──> DSDT
 //!                        ├────> MADT    └─> FACS (last page of the tables' area)
 //!                        ├────> MCFG
-//!                        └────> HPET
+//!                        ├────> HPET
+//!                        └────> PPTT
 //! ```
 //!
 //! Without firmware the tables are put into guest memory here ([`Tables::write`]). Firmware will get the
@@ -13,11 +14,12 @@
 mod dsdt;
 mod fixed;
 mod madt;
+mod pptt;
 
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, facs::FACS, mcfg::MCFG};
-use terem_cpu::Topology;
+use terem_cpu::{Caches, Topology};
 use terem_memory::vm_memory::{Bytes, GuestAddress};
 use terem_memory::{GuestMemory, PAGE_SIZE};
 
@@ -42,6 +44,8 @@ pub struct Description<'a> {
     pub topology: Topology,
     /// Number of processors.
     pub cpus: u32,
+    /// Their caches.
+    pub caches: Caches,
     /// Whether there is a pvpanic device.
     pub pvpanic: bool,
 }
@@ -88,8 +92,9 @@ impl Tables {
         mcfg.add_ecam(d.map.ecam.base, 0, 0, u8::try_from(last_bus).unwrap_or(u8::MAX));
         let mcfg = put("MCFG", &mcfg);
         let hpet = put("HPET", &fixed::hpet());
+        let pptt = put("PPTT", &pptt::pptt(d));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        for table in [fadt, madt, mcfg, hpet] {
+        for table in [fadt, madt, mcfg, hpet, pptt] {
             xsdt.add_entry(table);
         }
         let xsdt = put("XSDT", &xsdt);
@@ -130,8 +135,9 @@ mod tests {
 
     fn tables(size: u64, cpus: u32) -> Tables {
         let map = MemoryMap::q35(size).unwrap();
-        let topology = Topology::flat(cpus);
-        Tables::new(&Description { map: &map, topology, cpus, pvpanic: true }).unwrap()
+        let topology = Topology { sockets: 1, dies: 2, cores: cpus / 4, threads: 2 };
+        let caches = Caches::usual();
+        Tables::new(&Description { map: &map, topology, cpus, caches, pvpanic: true }).unwrap()
     }
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -157,7 +163,7 @@ mod tests {
         let u64_at = |b: &[u8], at: usize| u64::from_le_bytes(b[at..at + 8].try_into().unwrap());
         let (_, xsdt_at, xsdt) = find("XSDT");
         assert_eq!(u64_at(find("RSDP").2, 24), xsdt_at);
-        for (i, name) in ["FACP", "APIC", "MCFG", "HPET"].into_iter().enumerate() {
+        for (i, name) in ["FACP", "APIC", "MCFG", "HPET", "PPTT"].into_iter().enumerate() {
             assert_eq!(u64_at(xsdt, 36 + i * 8), find(name).1, "{name}");
         }
         let fadt = find("FACP").2;
@@ -171,7 +177,8 @@ mod tests {
         let map = MemoryMap::q35(64 << 30).unwrap();
         let with = |cpus| {
             let topology = Topology::flat(cpus);
-            Tables::new(&Description { map: &map, topology, cpus, pvpanic: false }).map(|_| ())
+            let caches = Caches::usual();
+            Tables::new(&Description { map: &map, topology, cpus, caches, pvpanic: false }).map(|_| ())
         };
         assert_eq!(with(1024), Ok(()));
         assert!(matches!(with(8_000), Err(TablesError { .. })));

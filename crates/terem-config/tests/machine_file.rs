@@ -304,6 +304,7 @@ prop_compose! {
             no_reboot: switches[1],
             cpus: CpusConfig { sockets, dies, cores, threads, l3: (cpus.0 % 2 == 0).then_some(ByteSize::mib(32)), ..CpusConfig::new(cpus.0) },
             cpu: CpuConfig { model, flags: flags.into_iter().map(|(name, on)| CpuFlag { name, on }).collect(), enforce: cpus.0 % 3 != 0 },
+            numa: Vec::new(),
             accel: AccelConfig { kind, translate },
             disks,
             nets,

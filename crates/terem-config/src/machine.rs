@@ -8,6 +8,7 @@ use crate::error::{ConfigError, ConfigErrors, quote};
 use crate::gdb::{GdbAddress, GdbConfig};
 use crate::key_value::{OrText, many, one, optional};
 use crate::net::{NetConfig, NetKind};
+use crate::numa::{self, NumaConfig};
 use crate::size::ByteSize;
 use crate::trace::TraceConfig;
 use schemars::JsonSchema;
@@ -53,6 +54,10 @@ pub struct MachineConfig {
     #[serde(deserialize_with = "one")]
     #[schemars(with = "OrText<CpusConfig>")]
     pub cpus: CpusConfig,
+    /// NUMA nodes of the guest. Not given: it is told of none.
+    #[serde(deserialize_with = "many", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<OrText<NumaConfig>>")]
+    pub numa: Vec<NumaConfig>,
     /// CPU model.
     #[serde(deserialize_with = "one")]
     #[schemars(with = "OrText<CpuConfig>")]
@@ -92,6 +97,7 @@ impl Default for MachineConfig {
             rng: true,
             no_reboot: false,
             cpus: CpusConfig::default(),
+            numa: Vec::new(),
             cpu: CpuConfig::default(),
             accel: AccelConfig::default(),
             disks: Vec::new(),
@@ -152,6 +158,7 @@ impl MachineConfig {
         self.validate_kernel(&mut errors);
         self.validate_consoles(&mut errors);
         self.cpus.validate(&mut errors);
+        numa::validate(&self.numa, &self.cpus, self.memory, &mut errors);
         self.cpu.validate(&mut errors);
         self.validate_disks(&mut errors);
         self.validate_nets(&mut errors);

@@ -7,7 +7,7 @@ use std::str::FromStr;
 const EXPECTED: &str = "a whole number with a unit K, M, G, T or P (powers of 1024), such as 512M or 4G";
 
 /// A number of bytes. Reads `4096`, `512M`, `4G`, `4GiB` (units are powers of 1024); prints the largest unit that is exact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ByteSize(pub u64);
 
 impl ByteSize {

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use std::path::Path;
 use terem_config::{
     AccelConfig, AccelKind, AioMode, ByteSize, CacheMode, CharConfig, CpuConfig, CpuFlag, CpusConfig,
-    DiscardMode, DiskConfig, DiskFormat, Forward, GdbAddress, GdbConfig, MacAddress, MachineConfig,
-    NetConfig, NetKind, Protocol, TraceConfig, TraceWhat, from_key_values, from_toml,
+    DirectPrograms, DiscardMode, DiskConfig, DiskFormat, Forward, GdbAddress, GdbConfig, MacAddress,
+    MachineConfig, NetConfig, NetKind, Protocol, TraceConfig, TraceWhat, from_key_values, from_toml,
 };
 
 fn errors(text: &str) -> Vec<String> {
@@ -304,7 +304,12 @@ prop_compose! {
             no_reboot: switches[1],
             cpus: CpusConfig { sockets, dies, cores, threads, l3: (cpus.0 % 2 == 0).then_some(ByteSize::mib(32)), ..CpusConfig::new(cpus.0) },
             cpu: CpuConfig { model, flags: flags.into_iter().map(|(name, on)| CpuFlag { name, on }).collect(), enforce: cpus.0 % 3 != 0 },
-            accel: AccelConfig { kind, translate },
+            numa: Vec::new(),
+            accel: AccelConfig {
+                kind,
+                translate,
+                direct: translate.map(|on| if on { DirectPrograms::Always } else { DirectPrograms::Off }),
+            },
             disks,
             nets,
             gdb,

@@ -249,6 +249,7 @@ fn firmware(plan: &Plan, files: BootFiles) -> Result<Firmware, BuildError> {
         topology: plan.cpus.topology(),
         cpus: plan.cpus.count,
         caches: plan.cpus.cpu.caches,
+        numa: &plan.numa,
         pvpanic: true,
     };
     Ok(Firmware { tables: Tables::new(&description)?, smbios: Smbios::new(plan), files })

@@ -131,7 +131,7 @@ impl Parts<'_> {
             return Err(SaveError::Version { found: saved.version });
         }
         let plan = serde_json::to_value(self.plan).map_err(json)?;
-        for part in ["board", "cpus", "memory", "console", "rng"] {
+        for part in ["board", "cpus", "memory", "numa", "console", "rng"] {
             if saved.plan.get(part) != plan.get(part) {
                 return Err(SaveError::OtherMachine(part.into()));
             }

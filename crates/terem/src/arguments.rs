@@ -124,6 +124,9 @@ pub struct RunArguments {
     /// Number of vCPUs, and their topology.
     #[arg(long, value_name = "COUNT[,sockets=…]")]
     pub cpus: Option<String>,
+    /// A NUMA node of the guest; repeated for each node.
+    #[arg(long, value_name = "CPUS,memory=SIZE[,…]")]
+    pub numa: Vec<String>,
     /// Memory, such as 512M or 4G.
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,

@@ -7,8 +7,9 @@ use serde_json::Value;
 use std::fmt::Write;
 
 /// Flags of `run` whose values are tables, with the table's name in the schema.
-const TABLES: [(&str, &str); 7] = [
+const TABLES: [(&str, &str); 8] = [
     ("cpus", "CpusConfig"),
+    ("numa", "NumaConfig"),
     ("cpu", "CpuConfig"),
     ("accel", "AccelConfig"),
     ("disk", "DiskConfig"),
@@ -110,7 +111,7 @@ pub fn markdown() -> String {
     );
     table(&mut text, &properties(&schema, &schema));
     for (flag, name) in TABLES {
-        let title = if matches!(flag, "disk" | "net" | "trace") {
+        let title = if matches!(flag, "disk" | "net" | "numa" | "trace") {
             format!("[[{flag}]]")
         } else {
             format!("[{flag}]")
@@ -135,7 +136,7 @@ const INTRODUCTION: &str = "\
 
 Runs a machine until its guest switches itself off. A positional argument that ends in `.toml` is a machine file, any other
 the first disk. Flags go before the file: single values replace the file's, `--disk` and `--trace` add to the file's, `--net`
-replaces all of the file's network interfaces. `--print-config` writes the result as a machine file.
+and `--numa` replace all network interfaces and all nodes of the file. `--print-config` writes the result as a machine file.
 
 Values that are tables are written `key=value,key=value`. The first word may stand alone: it belongs to the main key. A later
 word alone means `on`. A key with several values is repeated. A comma inside a value is doubled. In a machine file `on` and

@@ -36,6 +36,10 @@ fn apply(arguments: &RunArguments, config: &mut MachineConfig, errors: &mut Vec<
     take.table("cpus", arguments.cpus.as_deref(), &mut config.cpus);
     take.table("cpu", arguments.cpu.as_deref(), &mut config.cpu);
     take.table("accel", arguments.accel.as_deref(), &mut config.accel);
+    if !arguments.numa.is_empty() {
+        config.numa.clear();
+        take.list("numa", &arguments.numa, &mut config.numa);
+    }
     take.list("disk", &arguments.disk, &mut config.disks);
     take.optional("gdb", arguments.gdb.as_deref(), &mut config.gdb);
     take.list("trace", &arguments.trace, &mut config.traces);

@@ -5,15 +5,17 @@
 //!                        ├────> MADT    └─> FACS (last page of the tables' area)
 //!                        ├────> MCFG
 //!                        ├────> HPET
-//!                        └────> PPTT
+//!                        ├────> PPTT
+//!                        └────> SRAT, SLIT (with NUMA nodes)
 //! ```
 //!
 //! Without firmware the tables are put into guest memory here ([`Tables::write`]). Firmware will get the
-//! same [`Tables`] over `fw_cfg` and place them itself. SRAT and SLIT will join where the XSDT is filled.
+//! same [`Tables`] over `fw_cfg` and place them itself.
 
 mod dsdt;
 mod fixed;
 mod madt;
+mod numa;
 mod pptt;
 
 use acpi_tables::rsdp::Rsdp;
@@ -24,7 +26,7 @@ use terem_memory::vm_memory::{Bytes, GuestAddress};
 use terem_memory::{GuestMemory, PAGE_SIZE};
 
 use crate::e820::FIRMWARE_AREA;
-use crate::plan::MemoryMap;
+use crate::plan::{MemoryMap, NumaPlan};
 
 const OEM_ID: [u8; 6] = *b"TEREM ";
 const OEM_TABLE_ID: [u8; 8] = *b"TEREMQ35";
@@ -46,6 +48,8 @@ pub struct Description<'a> {
     pub cpus: u32,
     /// Their caches.
     pub caches: Caches,
+    /// NUMA nodes, if the guest is told of any.
+    pub numa: &'a [NumaPlan],
     /// Whether there is a pvpanic device.
     pub pvpanic: bool,
 }
@@ -93,8 +97,13 @@ impl Tables {
         let mcfg = put("MCFG", &mcfg);
         let hpet = put("HPET", &fixed::hpet());
         let pptt = put("PPTT", &pptt::pptt(d));
+        let mut all = vec![fadt, madt, mcfg, hpet, pptt];
+        if !d.numa.is_empty() {
+            all.push(put("SRAT", &numa::srat(d, d.numa)));
+            all.push(put("SLIT", &numa::slit(d.numa)));
+        }
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        for table in [fadt, madt, mcfg, hpet, pptt] {
+        for table in all {
             xsdt.add_entry(table);
         }
         let xsdt = put("XSDT", &xsdt);
@@ -132,12 +141,21 @@ impl Tables {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Window;
 
     fn tables(size: u64, cpus: u32) -> Tables {
         let map = MemoryMap::q35(size).unwrap();
         let topology = Topology { sockets: 1, dies: 2, cores: cpus / 4, threads: 2 };
         let caches = Caches::usual();
-        Tables::new(&Description { map: &map, topology, cpus, caches, pvpanic: true }).unwrap()
+        let node = |cpus, base, distances: [u8; 2]| NumaPlan {
+            cpus,
+            memory: vec![Window { base, size: 1 << 30 }],
+            distances: distances.to_vec(),
+        };
+        let nodes =
+            [node((0..cpus / 2).collect(), 0, [10, 21]), node((cpus / 2..cpus).collect(), 4 << 30, [21, 10])];
+        let d = Description { map: &map, topology, cpus, caches, numa: &nodes, pvpanic: true };
+        Tables::new(&d).unwrap()
     }
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -163,7 +181,7 @@ mod tests {
         let u64_at = |b: &[u8], at: usize| u64::from_le_bytes(b[at..at + 8].try_into().unwrap());
         let (_, xsdt_at, xsdt) = find("XSDT");
         assert_eq!(u64_at(find("RSDP").2, 24), xsdt_at);
-        for (i, name) in ["FACP", "APIC", "MCFG", "HPET", "PPTT"].into_iter().enumerate() {
+        for (i, name) in ["FACP", "APIC", "MCFG", "HPET", "PPTT", "SRAT", "SLIT"].into_iter().enumerate() {
             assert_eq!(u64_at(xsdt, 36 + i * 8), find(name).1, "{name}");
         }
         let fadt = find("FACP").2;
@@ -178,7 +196,8 @@ mod tests {
         let with = |cpus| {
             let topology = Topology::flat(cpus);
             let caches = Caches::usual();
-            Tables::new(&Description { map: &map, topology, cpus, caches, pvpanic: false }).map(|_| ())
+            let d = Description { map: &map, topology, cpus, caches, numa: &[], pvpanic: false };
+            Tables::new(&d).map(|_| ())
         };
         assert_eq!(with(1024), Ok(()));
         assert!(matches!(with(8_000), Err(TablesError { .. })));

@@ -156,7 +156,7 @@ mod tests {
 
     fn bytes(topology: Topology, caches: Caches) -> Vec<u8> {
         let map = MemoryMap::q35(1 << 30).unwrap();
-        let d = Description { map: &map, topology, cpus: topology.cpus(), caches, pvpanic: false };
+        let d = Description { map: &map, topology, cpus: topology.cpus(), caches, numa: &[], pvpanic: false };
         let mut bytes = Vec::new();
         pptt(&d).to_aml_bytes(&mut bytes);
         bytes

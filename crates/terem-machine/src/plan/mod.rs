@@ -3,6 +3,7 @@
 mod cpus;
 mod host;
 pub mod memory;
+mod numa;
 pub mod pci;
 mod show;
 
@@ -19,6 +20,7 @@ use terem_cpu::ModelError;
 pub use cpus::CpuPlan;
 pub use host::HostInventory;
 pub use memory::{MemoryMap, MemoryMapError, Window};
+pub use numa::NumaPlan;
 use pci::{PciAddress, Slots};
 
 /// Where everything of a machine goes.
@@ -34,6 +36,8 @@ pub struct Plan {
     pub cpus: CpuPlan,
     /// The address map.
     pub memory: MemoryMap,
+    /// NUMA nodes; none where the guest is told of none.
+    pub numa: Vec<NumaPlan>,
     /// What is booted.
     pub boot: Option<BootPlan>,
     /// The first serial port's other end.
@@ -226,6 +230,7 @@ impl Plan {
                 board: Board::Q35,
                 accelerator,
                 cpus,
+                numa: numa::nodes(config, &memory),
                 memory,
                 boot: config.kernel.as_ref().map(|kernel| BootPlan {
                     kernel: kernel.clone(),

@@ -27,6 +27,13 @@ impl fmt::Display for Plan {
         writeln!(f, "accelerator  software CPU{how}{reason}")?;
         self.processors(f)?;
         writeln!(f, "memory       {} MiB, {} address bits", self.memory.size >> 20, self.memory.phys_bits)?;
+        for (number, node) in self.numa.iter().enumerate() {
+            let mib = node.memory.iter().map(|w| w.size >> 20).sum::<u64>();
+            let cpus: Vec<String> = node.cpus.iter().map(ToString::to_string).collect();
+            let distances: Vec<String> = node.distances.iter().map(ToString::to_string).collect();
+            let (cpus, distances) = (cpus.join(","), distances.join(" "));
+            writeln!(f, "numa node {number}  vCPUs {cpus}; {mib} MiB; distances {distances}")?;
+        }
         if let Some(boot) = &self.boot {
             writeln!(f, "kernel       {}", boot.kernel.display())?;
             if let Some(initrd) = &boot.initrd {

@@ -154,11 +154,14 @@ fn show(name: &str, cpus: &str, leaves: bool, json: bool) -> Result<Exit, Failur
     let here = HostCpus::here();
     let named = Named::read(name, &here)?;
     let asked = named.model();
-    let mut config = MachineConfig::default();
-    config.cpus = from_key_values::<CpusConfig>(cpus).map_err(|e| Failure::from(e.within("cpus")))?;
-    config.cpu = if let Named::Model(_) = named { cpu_config(name)? } else { CpuConfig::default() };
-    config.cpu.enforce = false;
-    config.kernel = Some("none".into());
+    let mut cpu = if let Named::Model(_) = named { cpu_config(name)? } else { CpuConfig::default() };
+    cpu.enforce = false;
+    let config = MachineConfig {
+        cpus: from_key_values::<CpusConfig>(cpus).map_err(|e| Failure::from(e.within("cpus")))?,
+        cpu,
+        kernel: Some("none".into()),
+        ..MachineConfig::default()
+    };
     let mut mistakes = Vec::new();
     config.validate_besides(&mut mistakes);
     ConfigErrors::check(mistakes)?;

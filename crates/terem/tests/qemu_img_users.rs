@@ -1,5 +1,5 @@
 //! Programs that call qemu-img, with ours in its place: they must not be able to tell.
-#![allow(clippy::unwrap_used)] // Here too a panic is how a test fails, also outside of test functions.
+#![allow(clippy::panic, clippy::unwrap_used)] // Here too a panic is how a test fails, also outside of test functions.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;

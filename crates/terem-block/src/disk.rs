@@ -145,7 +145,7 @@ impl Disk {
         let thread = std::thread::Builder::new()
             .name("disk".into())
             .stack_size(STACK)
-            .spawn(move || io_thread(path, &options, &thread_shared, &tell))
+            .spawn(move || io_thread(path, options, &thread_shared, &tell))
             .map_err(OpenError::Thread)?;
         match told.recv() {
             Ok(Ok((geometry, facts, bell))) => {
@@ -333,14 +333,17 @@ type Opened = Result<(Geometry, DiskFacts, Arc<Bell>), OpenError>;
 /// The life of an I/O thread.
 fn io_thread(
     path: PathBuf,
-    options: &OpenOptions,
+    options: OpenOptions,
     shared: &Arc<Shared>,
     tell: &mpsc::Sender<Opened>,
 ) -> Result<(), IoError> {
     let opened = Engine::new(options.aio).and_then(|engine| {
-        let node = open_chain(&engine, &path, options)?;
+        let node = open_chain(&engine, &path, &options)?;
         Ok((engine, node))
     });
+    // Passphrases are needed no more: the last one who has them wipes them.
+    let discard = options.discard;
+    drop(options);
     let (engine, node) = match opened {
         Ok(opened) => opened,
         Err(error) => {
@@ -355,7 +358,7 @@ fn io_thread(
         aio: engine.kind(),
         zero_when_new: node.image().reads_as_zero_when_new(),
     };
-    let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
+    let _ = tell.send(Ok((node.geometry(discard), facts, engine.bell())));
     let _closed = CloseAtEnd(shared);
     let executor = Executor::new(Rc::clone(&engine));
     let node = Rc::new(node);

@@ -51,6 +51,7 @@ mod probe;
 mod qcow2;
 mod range_lock;
 mod raw;
+mod throttle;
 mod vdi;
 mod vhd;
 mod vhdx;
@@ -86,6 +87,7 @@ pub use terem_crypt::{
     Algorithm, Cost, CryptError, Hash, IvGenerator, LuksInfo, MAX_PASSPHRASE, Mode, Passphrase, SlotInfo,
 };
 pub use terem_memory::{AlignedBuffer, IoMemory};
+pub use throttle::{Rate, Rates, ThrottleError, ThrottleGroup, ThrottleLimits, Throttled};
 pub use vdi::VdiOptions;
 pub use vhd::VhdOptions;
 pub use vhdx::VhdxOptions;

@@ -1,6 +1,6 @@
 //! Moving data between an image and its backing file: commit and rebase.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::chain::{ImageFile, resolve_backing};
 use crate::convert::{Progress, is_zero, request};
@@ -34,23 +34,33 @@ pub fn commit(
 ) -> Result<(), OpenError> {
     let image = image.as_ref();
     let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
-    let chain = chain_of(image, &options)?;
+    // The base is read through the image while it is written: the lock is ours to share.
+    let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
+    if from.facts().format != Format::Qcow2 {
+        return Err(OpenError::Unsupported {
+            path: image.to_owned(),
+            feature: format!("committing a {} image", from.facts().format.name()),
+            hint: "`terem disk convert` makes one image of it and what is below it",
+        });
+    }
+    let chain: Vec<_> = from.facts().backing.iter().zip(from.facts().backing_formats.iter()).collect();
     let limit = |what: &str| OpenError::Limit { path: image.to_owned(), what: what.into() };
     let depth = match base {
         None => 0,
         Some(base) => {
             // As its user names it, or as the images do.
             let beside = directory_of(image).join(base);
-            let same = |path: &Path, name: &Path| name.canonicalize().is_ok_and(|name| name == path);
+            let same = |path: &Path, name: &Path| {
+                path == base
+                    || name.canonicalize().is_ok_and(|name| path.canonicalize().is_ok_and(|p| p == name))
+            };
             let found = chain.iter().position(|(path, _)| same(path, base) || same(path, &beside));
             found.ok_or_else(|| limit("the base is not in its chain of backing files"))?
         }
     };
-    let Some((base, base_format)) = chain.get(depth) else {
+    let Some(&(base, base_format)) = chain.get(depth) else {
         return Err(limit("it has no backing file to commit to"));
     };
-    // The base is read through the image while it is written: the lock is ours to share.
-    let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
     let guard = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
     let base_options = OpenOptions {
         format: Some(*base_format),
@@ -99,22 +109,6 @@ fn open_format(image: &Path, options: &OpenOptions) -> Result<(ImageFile, Format
     let file = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
     let format = file.format(options.format)?;
     Ok((file, format))
-}
-
-/// The backing files of an image with their formats, nearest first.
-fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<(PathBuf, Format)>, OpenError> {
-    let mut found = Vec::new();
-    let (mut path, mut format) = (image.to_owned(), options.format);
-    while found.len() <= 200 {
-        let Some(qcow2) = info(&path, format)?.qcow2 else { break };
-        let Some(name) = qcow2.backing_filename else { break };
-        let below = resolve_backing(&path, &name, &options.backing)?;
-        format = qcow2.backing_format.as_deref().and_then(Format::from_name);
-        let known = info(&below, format)?.format;
-        found.push((below.clone(), known));
-        path = below;
-    }
-    Ok(found)
 }
 
 /// How [`rebase`] goes about it.

@@ -36,6 +36,8 @@ pub struct DiskFacts {
     pub format: Format,
     /// Its backing files from the nearest to the last.
     pub backing: Vec<PathBuf>,
+    /// Their formats.
+    pub backing_formats: Vec<Format>,
     /// What carries out the I/O ([`AioEngine::IoUring`] or [`AioEngine::Threads`]).
     pub aio: AioEngine,
     /// Whether it reads as zeroes where nothing was written since it was made. Encrypted disks without tables do not.
@@ -355,6 +357,7 @@ fn io_thread(
         path,
         format: node.format(),
         backing: node.backing_paths(),
+        backing_formats: node.backing_formats(),
         aio: engine.kind(),
         zero_when_new: node.image().reads_as_zero_when_new(),
     };

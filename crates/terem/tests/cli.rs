@@ -505,7 +505,10 @@ fn encrypted_disks_and_their_keys() {
     let create = ["disk", "create", "--format", "luks", "-o", cheap, "a.luks", "1M"];
     home.expect(0, &[&create[..], &["--new-passphrase", "file:one"]].concat());
     let (out, _) = home.expect(0, &["disk", "info", "a.luks"]);
-    assert!(out.contains("LUKS 1, aes-xts-plain64, 512 bits") && out.contains("key slots     0\n"), "{out}");
+    assert!(
+        out.contains("LUKS 1, aes-xts-plain64, 512 bits") && out.contains("key slots     1 in use: 0\n"),
+        "{out}"
+    );
 
     let with = |passphrase, more: &[&str]| -> Vec<String> {
         ["disk", "--passphrase", passphrase].iter().chain(more).map(ToString::to_string).collect()

@@ -13,8 +13,6 @@ use crate::file::{PlainFile, to_usize};
 use crate::node::Packer;
 use crate::{BlockBackend, Disk, Extent, ExtentKind, IoError, Op, OpenError, Request};
 
-/// Storage of the target that a worker takes at once.
-const POOL: u64 = 16 << 20;
 /// Requests to the target that a worker does not wait for yet.
 const IN_FLIGHT: usize = 8;
 
@@ -333,7 +331,8 @@ impl<'a> Worker<'a> {
     /// Storage of the target, up to `want` bytes.
     fn take(&mut self, want: u64) -> Result<(u64, u64), OpenError> {
         if self.pool.1 == 0 {
-            let clusters = POOL.max(self.target.cluster);
+            // No more than is needed now: what is given back later would be a hole between the parts of two workers.
+            let clusters = want.max(self.target.cluster);
             let place = move |node: std::rc::Rc<crate::node::Node>| {
                 Box::pin(async move { node.image().place(clusters).await })
                     as crate::executor::LocalFuture<'_, _>

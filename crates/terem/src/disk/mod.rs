@@ -180,8 +180,9 @@ fn info(image: &Image, chain: bool, json: bool) -> Result<Exit, Failure> {
     if chain {
         let open = OpenOptions { format: image.format, lock: false, read_only: true, ..tool_options() };
         let below = Disk::open(&image.path, &open).map_err(|error| failed("read", &image.path, &error))?;
-        for path in &below.facts().backing {
-            infos.push(read(path, None)?);
+        let facts = below.facts();
+        for (path, format) in facts.backing.iter().zip(&facts.backing_formats) {
+            infos.push(read(path, Some(*format))?);
         }
     }
     match (json, chain) {

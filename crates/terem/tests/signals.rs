@@ -1,5 +1,9 @@
 //! SIGINT at random moments of long operations: what was there is as it was, or what was asked for is complete.
-#![allow(clippy::unwrap_used, reason = "a panic is how a test fails, also in what the tests share")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic is how a test fails, also in what the tests share"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -151,3 +151,32 @@ fn a_busy_image_names_its_holder_and_an_overlay_reads_its_base() {
     assert_eq!(ended.value("blk-sha256"), terem_tests::sha256(&contents(&base)));
     assert_eq!(terem_tests::sha256(&base), before, "the base was not touched");
 }
+
+#[test]
+fn an_encrypted_disk_with_limits_is_a_disk() {
+    let _one = alone();
+    let dir = folder();
+    let (image, key) = (dir.path().join("a.luks"), dir.path().join("key"));
+    std::fs::write(&key, "not on the command line").unwrap();
+    let (new, known) = (format!("file:{}", key.display()), format!("--passphrase=file:{}", key.display()));
+    succeed(
+        Command::new(terem())
+            .args(["disk", "create", "--format", "luks", "-o", "iter-time=10", "--new-passphrase", &new])
+            .arg(&image)
+            .arg("64M"),
+    );
+    let disk = format!(
+        "{},format=luks,passphrase={new},bps=64M,iops-read=5000,iops-write=5000,iops-size=64K",
+        image.display()
+    );
+    let ended = Guest::minimal("6.1", "blk", "", &["--cpus", "2", "--disk", &disk]).finish();
+    ended.assert_clean(0);
+    assert_eq!(ended.value("blk-wrote"), ended.value("blk-read"));
+    assert_eq!(ended.value("vda-size"), "131072");
+    // What the guest wrote is what the passphrase opens.
+    let raw = dir.path().join("a.raw");
+    succeed(Command::new(terem()).args(["disk", "convert", "--to", "raw", &known]).args([&image, &raw]));
+    assert!(
+        std::fs::read(&raw).unwrap().chunks(4096).filter(|part| part.iter().any(|&b| b != 0)).count() > 100
+    );
+}

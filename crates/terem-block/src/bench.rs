@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use terem_memory::{AlignedBuffer, IoMemory};
 
 use crate::convert::request;
-use crate::{BlockBackend, Disk, Op, OpenError, OpenOptions, Request};
+use crate::{
+    BlockBackend, Disk, Op, OpenError, OpenOptions, Request, ThrottleGroup, ThrottleLimits, Throttled,
+};
 
 /// What [`bench`] does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,12 +29,23 @@ pub struct BenchOptions {
     pub write: Option<u8>,
     /// Flush after so many writes.
     pub flush_interval: u64,
+    /// What the disk may do in a second.
+    pub limits: ThrottleLimits,
 }
 
 impl Default for BenchOptions {
     fn default() -> Self {
         let size = 4096;
-        Self { count: 75_000, depth: 64, size, offset: 0, step: 4096, write: None, flush_interval: 0 }
+        Self {
+            count: 75_000,
+            depth: 64,
+            size,
+            offset: 0,
+            step: 4096,
+            write: None,
+            flush_interval: 0,
+            limits: ThrottleLimits::default(),
+        }
     }
 }
 
@@ -47,12 +60,19 @@ pub fn bench(
 ) -> Result<Duration, OpenError> {
     let path = path.as_ref();
     let open = OpenOptions { read_only: options.write.is_none(), ..open.clone() };
-    let disk = Disk::open(path, &open)?;
+    let disk = Arc::new(Disk::open(path, &open)?);
     let length = options.size as u64;
     if length == 0 || length > disk.size() {
         let what = format!("requests of {length} bytes on a disk of {}", disk.size());
         return Err(OpenError::Limit { path: path.to_owned(), what });
     }
+    let limit = |what| OpenError::Limit { path: path.to_owned(), what };
+    let backend: Arc<dyn BlockBackend> = if options.limits.is_none() {
+        Arc::clone(&disk) as _
+    } else {
+        let group = ThrottleGroup::new(options.limits).map_err(|error| limit(error.to_string()))?;
+        Arc::new(Throttled::new(Arc::clone(&disk) as _, &group))
+    };
     let memory: Arc<AlignedBuffer> =
         Arc::new(AlignedBuffer::from_slice(&vec![options.write.unwrap_or(0); options.size]));
     let (tell, told) = channel();
@@ -68,7 +88,7 @@ pub fn bench(
                 None => Op::Read { offset, memory },
             };
             let tell = tell.clone();
-            disk.submit(Request::new(op, move |result| drop(tell.send(result))));
+            backend.submit(Request::new(op, move |result| drop(tell.send(result))));
             offset += options.step;
             if offset + length > disk.size() {
                 offset = 0;
@@ -88,6 +108,9 @@ pub fn bench(
         }
     }
     let took = begun.elapsed();
-    disk.close().map_err(fail)?;
+    // After that nothing else has the disk.
+    backend.drain();
+    drop(backend);
+    Arc::into_inner(disk).map_or(Ok(()), Disk::close).map_err(fail)?;
     Ok(took)
 }

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use terem_crypt::FileArea;
 
@@ -20,6 +21,9 @@ use crate::{BackingPolicy, Below, Cache, FilePart, Format, OpenError, OpenOption
 
 /// Most backing files below an image.
 const MAX_DEPTH: usize = 200;
+
+/// How long to wait for a device that something still holds: an `io_uring` is closed some time after its last request.
+const LAST_BREATH: Duration = Duration::from_millis(300);
 
 /// An image file, checked and locked, before its format is known.
 pub(crate) struct ImageFile {
@@ -67,12 +71,11 @@ impl ImageFile {
             };
             return Err(OpenError::NotADisk { path: owned(), kind });
         }
-        let file = fs::OpenOptions::new()
-            .read(true)
-            .write(writing)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(|e| open_failed(path, writing, e))?;
+        let alone = kind.is_block_device() && writing && lock;
+        let file = open_file(path, writing, alone).map_err(|e| match e.raw_os_error() {
+            Some(libc::EBUSY) if alone => OpenError::UsedByHost { path: owned() },
+            _ => open_failed(path, writing, e),
+        })?;
         let meta = file.metadata().map_err(|e| OpenError::io(path, "looking at the image", e))?;
         let identity = (meta.dev(), meta.ino());
         if seen.contains(&identity) {
@@ -115,6 +118,10 @@ impl ImageFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(crate) fn is_block_device(&self) -> bool {
+        self.block_device
     }
 
     /// Bytes in the file.
@@ -240,16 +247,20 @@ impl ImageFile {
             },
             e => OpenError::io(&self.path, "switching to direct I/O", e.into()),
         };
+        let sector = match self.block_device {
+            true => Some(sector_size(&fd).map_err(fail)?),
+            false => None,
+        };
         let mut align = 1;
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(fail)? - rustix::fs::OFlags::NONBLOCK;
         rustix::fs::fcntl_setfl(&fd, flags).map_err(fail)?;
         if cache == Cache::Direct {
             rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::DIRECT).map_err(fail)?;
-            align = direct_alignment(&fd);
+            align = sector.unwrap_or_else(|| direct_alignment(&fd));
         }
         let facts = FileFacts {
             align,
-            block_device: self.block_device,
+            sector,
             read_only: !self.writing,
             durable: cache != Cache::Unsafe,
             start: self.start,
@@ -265,6 +276,27 @@ impl ImageFile {
         }
         Ok(File::new(Rc::clone(engine), fd, self.path, &facts))
     }
+}
+
+/// Opens the file of an image. With `alone` a block device must not be in use by the host itself, such as mounted.
+fn open_file(path: &Path, writing: bool, alone: bool) -> io::Result<fs::File> {
+    let flags = libc::O_NONBLOCK | if alone { libc::O_EXCL } else { 0 };
+    let begun = Instant::now();
+    loop {
+        match fs::OpenOptions::new().read(true).write(writing).custom_flags(flags).open(path) {
+            // We had it open ourselves, and the kernel has not closed it yet.
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && alone && begun.elapsed() < LAST_BREATH => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Bytes of a block device's sector: what is read and written at once past the page cache, zeroed and discarded.
+fn sector_size(fd: &OwnedFd) -> rustix::io::Result<u64> {
+    let size = u64::from(rustix::fs::ioctl_blksszget(fd)?);
+    if size.is_power_of_two() && size >= 512 { Ok(size) } else { Err(rustix::io::Errno::NODEV) }
 }
 
 /// What direct I/O on this file must be aligned to, in bytes.
@@ -329,8 +361,14 @@ pub(crate) struct Opening<'a> {
     pub(crate) writing: bool,
     pub(crate) options: &'a OpenOptions,
     pub(crate) engine: &'a Rc<Engine>,
+    /// Images of the chain up to this one.
+    depth: usize,
     seen: &'a mut Seen,
 }
+
+/// Images of a chain that each get a whole cache of tables. Those below get less with their depth, so that a chain of any
+/// length has a bounded cache.
+const WHOLE_CACHES: usize = 4;
 
 impl<'a> Opening<'a> {
     pub(crate) fn new(
@@ -355,12 +393,17 @@ impl<'a> Opening<'a> {
             let what = format!("a {} image in a part of a file can only be read", format.name());
             return Err(OpenError::Limit { path: path.to_owned(), what });
         }
-        Ok(Self { image, format, probed, writing, options, engine, seen })
+        Ok(Self { image, format, probed, writing, options, engine, depth: seen.depth, seen })
     }
 
     /// Whether it is the image that was asked for, rather than one below it.
     pub(crate) fn is_top(&self) -> bool {
         self.seen.depth == 1
+    }
+
+    /// Bytes of mapping tables that this image may keep.
+    pub(crate) fn table_cache(&self) -> usize {
+        self.options.table_cache / self.depth.max(WHOLE_CACHES) * WHOLE_CACHES
     }
 
     /// The file, for I/O by the engine.

@@ -45,14 +45,32 @@ pub fn commit(
     let CommitOptions { empty, rate } = how;
     let image = image.as_ref();
     let options = OpenOptions { backing: BackingPolicy::Any, ..options.clone() };
-    let chain = chain_of(image, &options)?;
+    // The base is read through the image while it is written: the lock is ours to share.
+    let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
+    if from.facts().format != Format::Qcow2 {
+        return Err(OpenError::Unsupported {
+            path: image.to_owned(),
+            feature: format!("committing a {} image", from.facts().format.name()),
+            hint: "`terem disk convert` makes one image of it and what is below it",
+        });
+    }
+    let mut chain = chain_of(image, &options)?;
+    // Below a qcow2 image can be others that have backing files.
+    let facts = from.facts();
+    for (path, format) in facts.backing.iter().zip(&facts.backing_formats).skip(chain.len()) {
+        let options = OpenOptions { format: Some(*format), ..options.of_below() };
+        chain.push(Source { path: path.clone(), options });
+    }
     let limit = |what: &str| OpenError::Limit { path: image.to_owned(), what: what.into() };
     let depth = match base {
         None => 0,
         Some(base) => {
             // As its user names it, or as the images do.
             let beside = directory_of(image).join(base);
-            let same = |path: &Path, name: &Path| name.canonicalize().is_ok_and(|name| name == path);
+            let same = |path: &Path, name: &Path| {
+                path == base
+                    || name.canonicalize().is_ok_and(|name| path.canonicalize().is_ok_and(|p| p == name))
+            };
             let found = chain.iter().position(|s| same(&s.path, base) || same(&s.path, &beside));
             found.ok_or_else(|| limit("the base is not in its chain of backing files"))?
         }
@@ -60,8 +78,6 @@ pub fn commit(
     let Some(Source { path: base, options: base_options }) = chain.get(depth) else {
         return Err(limit("it has no backing file to commit to"));
     };
-    // The base is read through the image while it is written: the lock is ours to share.
-    let from = Disk::open(image, &OpenOptions { read_only: true, lock: false, ..options.clone() })?;
     let guard = ImageFile::open(image, true, options.lock, &mut Vec::new())?;
     let base_format = base_options.format;
     let base_options = OpenOptions {
@@ -114,7 +130,7 @@ fn open_format(image: &Path, options: &OpenOptions) -> Result<(ImageFile, Format
     Ok((file, format))
 }
 
-/// The backing files of an image with their formats, nearest first.
+/// The backing files of an image with their formats, nearest first, as far as they are those of qcow2 images.
 fn chain_of(image: &Path, options: &OpenOptions) -> Result<Vec<Source>, OpenError> {
     let mut found: Vec<Source> = Vec::new();
     let mut source = Source { path: image.to_owned(), options: options.clone() };

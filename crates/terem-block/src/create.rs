@@ -196,6 +196,7 @@ pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Re
     let size = options
         .size
         .or(backing_size)
+        .or_else(|| device_room(path, options))
         .ok_or_else(|| limit("a new image needs a size, or a backing file to take it from".into()))?;
     let size = size
         .checked_next_multiple_of(512)
@@ -206,8 +207,12 @@ pub(crate) fn create_as(path: &Path, name: &Path, options: &CreateOptions) -> Re
         return empty_export(path, size, options);
     }
     let existed = path.exists();
-    let file = new_file(path, options.overwrite)?;
-    let result = (options.format.driver().create)(&NewImage { path, name, file: &file, size, options })
+    let (file, device) = new_file(path, options.overwrite)?;
+    if let Some(device) = device {
+        fits_device(path, device, size, options)?;
+    }
+    let new = NewImage { path, name, file: &file, device, size, options };
+    let result = (options.format.driver().create)(&new)
         .and_then(|()| file.sync_all().map_err(|e| OpenError::io(path, "writing the new image", e)));
     if result.is_err() && !existed {
         let _ = fs::remove_file(path);
@@ -251,7 +256,50 @@ fn backing_size(path: &Path, backing: &BackingFile) -> Result<u64, OpenError> {
     open_chain(&engine, &below.path, &below.options).map(|node| node.size()).map_err(wrap)
 }
 
-fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
+/// The length of the block device at `path`, if that is one.
+pub(crate) fn device_length(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::FileTypeExt;
+    if !fs::metadata(path).ok()?.file_type().is_block_device() {
+        return None;
+    }
+    let mut device = fs::File::open(path).ok()?;
+    std::io::Seek::seek(&mut device, std::io::SeekFrom::End(0)).ok()
+}
+
+/// The size of a disk that fills a block device.
+fn device_room(path: &Path, options: &CreateOptions) -> Option<u64> {
+    let device = device_length(path)?;
+    match options.format {
+        Format::Raw => Some(device),
+        Format::Luks => device.checked_sub(crate::luks::data_offset(&options.encryption)?),
+        _ => None,
+    }
+}
+
+/// Refuses what a block device cannot take.
+fn fits_device(path: &Path, device: u64, size: u64, options: &CreateOptions) -> Result<(), OpenError> {
+    let limit = |what: String| Err(OpenError::Limit { path: path.to_owned(), what });
+    match options.format {
+        Format::Raw | Format::Luks | Format::Qcow2 => {}
+        format => {
+            return Err(OpenError::Unsupported {
+                path: path.to_owned(),
+                feature: format!("the format {} on a block device", format.name()),
+                hint: "raw, qcow2 and luks can be there",
+            });
+        }
+    }
+    if options.preallocation != Preallocation::Off {
+        return limit("a block device has its space already: without preallocation".into());
+    }
+    if options.format == Format::Raw && size > device {
+        return limit(format!("the disk has {size} bytes, and the device {device}"));
+    }
+    Ok(())
+}
+
+/// The new image's empty file; or the block device with its length.
+fn new_file(path: &Path, overwrite: bool) -> Result<(fs::File, Option<u64>), OpenError> {
     let fail = |e: std::io::Error| match e.raw_os_error() {
         Some(libc::EEXIST) => OpenError::Exists { path: path.to_owned() },
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
@@ -260,17 +308,23 @@ fn new_file(path: &Path, overwrite: bool) -> Result<fs::File, OpenError> {
         _ => OpenError::io(path, "making the image", e),
     };
     if !overwrite || !path.exists() {
-        return fs::OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(fail);
+        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(fail);
+        return file.map(|file| (file, None));
     }
     // Checked and locked as any image; emptied only then.
     let seen = &mut Vec::new();
-    drop(ImageFile::open(path, true, true, seen)?);
+    let image = ImageFile::open(path, true, true, seen)?;
+    if image.is_block_device() {
+        let file = image.plain().try_clone().map_err(fail)?;
+        return Ok((file, Some(image.len())));
+    }
+    drop(image);
     let file = fs::OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
     let fd = OwnedFd::from(file);
     lock_image(&fd, path, true)?;
     let file = fs::File::from(fd);
     file.set_len(0).map_err(fail)?;
-    Ok(file)
+    Ok((file, None))
 }
 
 /// Gives the file storage from `start` to `end`, written with zeroes or not.

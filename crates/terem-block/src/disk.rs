@@ -37,6 +37,8 @@ pub struct DiskFacts {
     pub format: Format,
     /// Its backing files from the nearest to the last.
     pub backing: Vec<PathBuf>,
+    /// Their formats.
+    pub backing_formats: Vec<Format>,
     /// What carries out the I/O ([`AioEngine::IoUring`] or [`AioEngine::Threads`]).
     pub aio: AioEngine,
     /// Whether it reads as zeroes where nothing was written since it was made. Encrypted disks without tables do not.
@@ -153,7 +155,7 @@ impl Disk {
         let thread = std::thread::Builder::new()
             .name("disk".into())
             .stack_size(STACK)
-            .spawn(move || io_thread(&sources, &thread_shared, &tell))
+            .spawn(move || io_thread(sources, &thread_shared, &tell))
             .map_err(OpenError::Thread)?;
         match told.recv() {
             Ok(Ok((geometry, facts, bell))) => {
@@ -339,15 +341,18 @@ fn check_request(geometry: &Geometry, op: &Op) -> Result<(), IoError> {
 type Opened = Result<(Geometry, DiskFacts, Arc<Bell>), OpenError>;
 
 /// The life of an I/O thread.
-fn io_thread(sources: &[Source], shared: &Arc<Shared>, tell: &mpsc::Sender<Opened>) -> Result<(), IoError> {
+fn io_thread(sources: Vec<Source>, shared: &Arc<Shared>, tell: &mpsc::Sender<Opened>) -> Result<(), IoError> {
     let Some(Source { path, options }) = sources.first() else {
         let _ = tell.send(Err(OpenError::Thread(std::io::Error::other("no image"))));
         return Ok(());
     };
+    let (path, discard) = (path.clone(), options.discard);
     let opened = Engine::new(options.aio).and_then(|engine| {
-        let node = open_joined(&engine, sources)?;
+        let node = open_joined(&engine, &sources)?;
         Ok((engine, node))
     });
+    // Passphrases are needed no more: the last one who has them wipes them.
+    drop(sources);
     let (engine, node) = match opened {
         Ok(opened) => opened,
         Err(error) => {
@@ -356,13 +361,14 @@ fn io_thread(sources: &[Source], shared: &Arc<Shared>, tell: &mpsc::Sender<Opene
         }
     };
     let facts = DiskFacts {
-        path: path.clone(),
+        path,
         format: node.format(),
         backing: node.backing_paths(),
+        backing_formats: node.backing_formats(),
         aio: engine.kind(),
         zero_when_new: node.image().reads_as_zero_when_new(),
     };
-    let _ = tell.send(Ok((node.geometry(options.discard), facts, engine.bell())));
+    let _ = tell.send(Ok((node.geometry(discard), facts, engine.bell())));
     let _closed = CloseAtEnd(shared);
     let executor = Executor::new(Rc::clone(&engine));
     let node = Rc::new(node);

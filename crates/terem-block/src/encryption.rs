@@ -53,6 +53,12 @@ impl Default for EncryptionOptions {
 }
 
 impl EncryptionOptions {
+    /// For an image that goes away with this process, with a [`Passphrase::random`] one: it costs no time.
+    #[must_use]
+    pub fn throw_away() -> Self {
+        Self { cost: Cost::Iterations(1000), ..Self::default() }
+    }
+
     fn spec(&self) -> CipherSpec {
         CipherSpec { algorithm: self.algorithm, mode: self.mode, iv: self.iv }
     }

@@ -60,6 +60,22 @@ pub enum OpenError {
         /// Whether it was to be written.
         writing: bool,
     },
+    /// The disk would become smaller, and nobody allowed that.
+    #[error("{}: {new} bytes are less than the {old} it has; data would be lost: allow it to shrink", path.display())]
+    WouldShrink {
+        /// The image.
+        path: PathBuf,
+        /// Bytes that the disk has.
+        old: u64,
+        /// Bytes that it was to have.
+        new: u64,
+    },
+    /// The host itself uses the block device.
+    #[error("{}: is in use by this host: mounted, swap, or part of another device; end that first", path.display())]
+    UsedByHost {
+        /// The device.
+        path: PathBuf,
+    },
     /// The image exists already.
     #[error("{}: exists already; choose another name, or allow it to be overwritten", path.display())]
     Exists {

@@ -23,7 +23,8 @@ pub(crate) struct File {
     now: Now,
     /// What offsets, lengths and addresses must be multiples of: 1 through the page cache.
     align: u64,
-    block_device: bool,
+    /// Bytes of a block device's sector; `None` for a regular file.
+    sector: Option<u64>,
     read_only: bool,
     /// Whether flushes reach the storage.
     durable: bool,
@@ -33,6 +34,7 @@ pub(crate) struct File {
     sync_failed: Cell<bool>,
     no_zero_range: Cell<bool>,
     no_punch_hole: Cell<bool>,
+    no_discard: Cell<bool>,
     /// With alignment rules: whole blocks are written shared, parts of blocks exclusively.
     blocks: RangeLock,
 }
@@ -40,7 +42,7 @@ pub(crate) struct File {
 /// What [`File::new`] needs to know.
 pub(crate) struct FileFacts {
     pub(crate) align: u64,
-    pub(crate) block_device: bool,
+    pub(crate) sector: Option<u64>,
     pub(crate) read_only: bool,
     pub(crate) durable: bool,
     /// Where in the file the image begins: a multiple of 512.
@@ -52,22 +54,23 @@ pub(crate) struct FileFacts {
 
 impl File {
     pub(crate) fn new(engine: Rc<Engine>, fd: OwnedFd, path: PathBuf, facts: &FileFacts) -> Self {
-        let &FileFacts { align, block_device, read_only, durable, start, len, limit } = facts;
+        let &FileFacts { align, sector, read_only, durable, start, len, limit } = facts;
         Self {
             start,
             limit,
             engine,
-            now: Now::new(&fd, align > 1, block_device),
+            now: Now::new(&fd, align > 1, sector.is_some()),
             fd: Arc::new(fd),
             path,
             align,
-            block_device,
+            sector,
             read_only,
             durable,
             len: Cell::new(len),
             sync_failed: Cell::new(false),
             no_zero_range: Cell::new(false),
             no_punch_hole: Cell::new(false),
+            no_discard: Cell::new(false),
             blocks: RangeLock::default(),
         }
     }
@@ -87,7 +90,7 @@ impl File {
     }
 
     pub(crate) fn is_block_device(&self) -> bool {
-        self.block_device
+        self.sector.is_some()
     }
 
     pub(crate) fn is_read_only(&self) -> bool {
@@ -258,7 +261,7 @@ impl File {
         use rustix::fs::{SeekFrom, seek};
         use rustix::io::Errno;
         let end = offset.saturating_add(length);
-        if self.block_device {
+        if self.is_block_device() {
             return Extent::new(offset, length, ExtentKind::Data, Some(offset));
         }
         let at = |seek: rustix::io::Result<u64>| seek.map(|found| found - self.start);
@@ -289,20 +292,39 @@ impl File {
         Ok(())
     }
 
-    /// Gives storage back; the range reads as zeroes or as before. Never fails for want of support.
-    pub(crate) async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-        self.punch_hole(offset, length).await.map(drop)
+    /// The whole sectors of a block device within a range, which an image that is a part of it need not begin with: first
+    /// byte, and byte after the last. Of a regular file: the range.
+    fn whole_sectors(&self, offset: u64, length: u64) -> (u64, u64) {
+        let (start, end) = whole(self.start.saturating_add(offset), length, self.sector.unwrap_or(1));
+        (start.saturating_sub(self.start), end.saturating_sub(self.start))
     }
 
-    async fn punch_hole(&self, offset: u64, length: u64) -> Result<bool, IoError> {
-        let (start, end) = self.whole_blocks(offset, length);
-        if self.no_punch_hole.get() || start >= end {
-            return Ok(start >= end && length == 0);
+    /// Gives storage back; the range reads as zeroes or as before. Never fails for want of support.
+    pub(crate) async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
+        if self.sector.is_none() {
+            return self.punch_hole(offset, length).await.map(drop);
         }
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        match self.allocate(mode, start, end - start).await {
-            Ok(_) => Ok(start == offset && end == offset + length),
-            Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::EPERM | libc::ENODEV)) => {
+        let (start, end) = self.whole_sectors(offset, length);
+        if self.no_discard.get() || start >= end {
+            return Ok(());
+        }
+        match self.run(Action::Discard { offset: start, length: end - start }).await {
+            Err(e) if unsupported(&e) => {
+                self.no_discard.set(true);
+                Ok(())
+            }
+            result => result.map(drop),
+        }
+    }
+
+    /// Whether the range reads as zeroes now, and its storage was given back.
+    async fn punch_hole(&self, offset: u64, length: u64) -> Result<bool, IoError> {
+        if self.no_punch_hole.get() || length == 0 {
+            return Ok(length == 0);
+        }
+        match self.allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length).await {
+            Ok(()) => Ok(true),
+            Err(e) if unsupported(&e) => {
                 self.no_punch_hole.set(true);
                 Ok(false)
             }
@@ -310,48 +332,55 @@ impl File {
         }
     }
 
-    /// The part of a range that `fallocate` takes: all of it in files, whole sectors on block devices.
-    fn whole_blocks(&self, offset: u64, length: u64) -> (u64, u64) {
-        let end = offset.saturating_add(length);
-        if self.block_device {
-            let unit = self.align.max(4096);
-            (offset.next_multiple_of(unit), end - end % unit)
-        } else {
-            (offset, end)
+    /// Whether the range reads as zeroes now, without its zeroes having been written by us.
+    async fn zero_range(&self, offset: u64, length: u64) -> Result<bool, IoError> {
+        if self.no_zero_range.get() {
+            return Ok(false);
+        }
+        // A device has its size; the kernel wants to hear that.
+        let keep = if self.is_block_device() { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
+        match self.allocate(libc::FALLOC_FL_ZERO_RANGE | keep, offset, length).await {
+            Ok(()) => {
+                self.len.set(self.len.get().max(offset + length));
+                Ok(true)
+            }
+            Err(e) if unsupported(&e) => {
+                self.no_zero_range.set(true);
+                Ok(false)
+            }
+            Err(e) => Err(e),
         }
     }
 
     /// Whether, as far as is known, [`Self::write_zeroes`] does not write zeroes.
     pub(crate) fn zeroes_fast(&self) -> bool {
-        !self.no_zero_range.get() && !self.block_device
+        !self.no_zero_range.get() && !self.is_block_device()
     }
 
     /// Makes the range read as zeroes. With `unmap` storage may be given back.
     pub(crate) async fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<(), IoError> {
-        const STEP: u64 = 1 << 20;
         let end = self.end(offset, length)?;
-        if length == 0 {
-            return Ok(());
+        // Of a device the kernel takes whole sectors only.
+        let (start, stop) = self.whole_sectors(offset, length);
+        if start >= stop {
+            return self.write_zero_bytes(offset, end).await;
         }
         // Punching keeps the file's size, so it is no way to make a file grow.
-        if unmap && end <= self.len.get() && self.punch_hole(offset, length).await? {
+        let punched = unmap && stop <= self.len.get() && self.punch_hole(start, stop - start).await?;
+        if !punched && !self.zero_range(start, stop - start).await? {
+            return self.write_zero_bytes(offset, end).await;
+        }
+        self.write_zero_bytes(offset, start).await?;
+        self.write_zero_bytes(stop, end).await
+    }
+
+    async fn write_zero_bytes(&self, start: u64, end: u64) -> Result<(), IoError> {
+        const STEP: u64 = 1 << 20;
+        if start >= end {
             return Ok(());
         }
-        if !self.no_zero_range.get() && !self.block_device {
-            let mode = libc::FALLOC_FL_ZERO_RANGE;
-            match self.allocate(mode, offset, end - offset).await {
-                Ok(_) => {
-                    self.len.set(self.len.get().max(end));
-                    return Ok(());
-                }
-                Err(IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::EPERM)) => {
-                    self.no_zero_range.set(true);
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        let zeroes = View::zeroed(to_usize(STEP.min(length)));
-        let mut at = offset;
+        let zeroes = View::zeroed(to_usize(STEP.min(end - start)));
+        let mut at = start;
         while at < end {
             let n = STEP.min(end - at);
             self.write(at, &[zeroes.part(0, to_usize(n))]).await?;
@@ -362,7 +391,7 @@ impl File {
 
     /// Cuts a regular file after `len` bytes, if it is longer.
     pub(crate) fn cut(&self, len: u64) -> Result<(), IoError> {
-        if self.block_device || self.limit != u64::MAX || len >= self.len.get() {
+        if self.is_block_device() || self.limit != u64::MAX || len >= self.len.get() {
             return Ok(());
         }
         rustix::fs::ftruncate(&*self.fd, self.start + len).map_err(std::io::Error::from)?;
@@ -372,7 +401,7 @@ impl File {
 
     /// Makes sure that later writes to the range find space. The contents are then undefined.
     pub(crate) async fn reserve(&self, offset: u64, length: u64) -> Result<(), IoError> {
-        if self.block_device {
+        if self.is_block_device() {
             return Ok(());
         }
         self.end(offset, length)?;
@@ -387,6 +416,19 @@ impl File {
             Err(e) => Err(e),
         }
     }
+}
+
+/// The whole units within a range: first byte, and byte after the last.
+fn whole(offset: u64, length: u64, unit: u64) -> (u64, u64) {
+    let end = offset.saturating_add(length);
+    (offset.checked_next_multiple_of(unit).unwrap_or(u64::MAX), end - end % unit)
+}
+
+/// Whether a file system or a device says that it cannot do such a thing.
+fn unsupported(error: &IoError) -> bool {
+    const CANNOT: [i32; 6] =
+        [libc::EOPNOTSUPP, libc::ENOSYS, libc::EINVAL, libc::EPERM, libc::ENODEV, libc::ENOTTY];
+    matches!(error, IoError::Os(errno) if CANNOT.contains(errno))
 }
 
 /// A file for plain, blocking reads and writes.

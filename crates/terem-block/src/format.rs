@@ -71,9 +71,41 @@ pub(crate) struct NewImage<'a> {
     /// The path that it will have when it is complete.
     pub(crate) name: &'a Path,
     pub(crate) file: &'a fs::File,
+    /// Bytes of the block device that `file` is; `None` for a regular file, which is empty.
+    pub(crate) device: Option<u64>,
     /// Bytes of the disk, a multiple of 512.
     pub(crate) size: u64,
     pub(crate) options: &'a CreateOptions,
+}
+
+impl NewImage<'_> {
+    fn failed(&self, e: std::io::Error) -> OpenError {
+        OpenError::io(self.path, "writing the new image", e)
+    }
+
+    /// Makes the file so long; what is not written yet reads as zeroes. `reads`: of that, so much will be read before it
+    /// is written, so that a device must be zeroed there.
+    pub(crate) fn set_len(&self, len: u64, reads: u64) -> Result<(), OpenError> {
+        let Some(device) = self.device else { return self.file.set_len(len).map_err(|e| self.failed(e)) };
+        if len > device {
+            let what = format!("it needs {len} bytes, and the device has {device}");
+            return Err(OpenError::Limit { path: self.path.to_owned(), what });
+        }
+        self.write_zeroes(0, reads)
+    }
+
+    /// Writes zeroes.
+    pub(crate) fn write_zeroes(&self, start: u64, end: u64) -> Result<(), OpenError> {
+        use std::os::unix::fs::FileExt;
+        let zeroes = vec![0; 1 << 20];
+        let mut at = start;
+        while at < end {
+            let n = (end - at).min(zeroes.len() as u64);
+            self.file.write_all_at(&zeroes[..crate::file::to_usize(n)], at).map_err(|e| self.failed(e))?;
+            at += n;
+        }
+        Ok(())
+    }
 }
 
 /// A setting of a new image that can be given as text, `name=value`.

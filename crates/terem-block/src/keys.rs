@@ -44,6 +44,12 @@ impl Keys {
         self.locked
     }
 
+    /// Whether there is no passphrase in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.every.is_none() && self.images.is_empty() && self.secrets.is_empty()
+    }
+
     /// Sets the passphrase of the image at `path`.
     pub fn set(&mut self, path: impl Into<PathBuf>, passphrase: Passphrase) {
         self.images.push((path.into(), Arc::new(passphrase)));

@@ -53,6 +53,7 @@ mod qcow2;
 mod range_lock;
 mod raw;
 mod source;
+mod throttle;
 mod vdi;
 mod vhd;
 mod vhdx;
@@ -90,6 +91,7 @@ pub use terem_crypt::{
     SlotInfo,
 };
 pub use terem_memory::{AlignedBuffer, IoMemory};
+pub use throttle::{Rate, Rates, ThrottleError, ThrottleGroup, ThrottleLimits, Throttled};
 pub use vdi::VdiOptions;
 pub use vhd::VhdOptions;
 pub use vhdx::VhdxOptions;

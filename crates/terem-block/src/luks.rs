@@ -181,6 +181,11 @@ impl Image for LuksImage {
     }
 }
 
+/// Bytes before the data of a new image; `None` where there can be none.
+pub(crate) fn data_offset(options: &crate::EncryptionOptions) -> Option<u64> {
+    encryption::Header::new(options).ok().map(|header| header.data_offset())
+}
+
 fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
     let &NewImage { path, file, size, options, .. } = new;
     let fail = |e| OpenError::io(path, "writing the new image", e);
@@ -197,7 +202,9 @@ fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
         path: path.to_owned(),
         what: format!("{size} bytes are more than a file can have"),
     })?;
-    file.set_len(end).and_then(|()| reserve_storage(file, 0, end, options.preallocation)).map_err(fail)?;
+    // The header is written whole; what is behind it reads as anything.
+    new.set_len(end, data)?;
+    reserve_storage(file, 0, end, options.preallocation).map_err(fail)?;
     let area = FileArea::new(file, 0, end);
     let key = header.write(&area, passphrase).map_err(|e| failed(path, e))?;
     let luks = Luks::read(&area).map_err(|e| failed(path, e))?;

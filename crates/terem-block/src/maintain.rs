@@ -188,9 +188,12 @@ pub fn resize(
         _ => image.len(),
     };
     if size < old && !shrink {
-        let what =
-            format!("{size} bytes are less than the {old} it has; data would be lost: allow it to shrink");
-        return Err(limit(what));
+        return Err(OpenError::WouldShrink { path: path.to_owned(), old, new: size });
+    }
+    if image.is_block_device() && matches!(format, Format::Raw | Format::Luks) && size != old {
+        return Err(limit(format!(
+            "the block device has {old} bytes for the disk; change the device's size"
+        )));
     }
     match format {
         Format::Raw => {

@@ -207,6 +207,11 @@ impl Node {
         std::iter::successors(self.backing(), |node| node.backing()).map(Self::path).collect()
     }
 
+    /// Their formats.
+    pub(crate) fn backing_formats(&self) -> Vec<Format> {
+        std::iter::successors(self.backing(), |node| node.backing()).map(Self::format).collect()
+    }
+
     pub(crate) fn geometry(&self, discard: bool) -> Geometry {
         let (read_only, unit) = (self.0.is_read_only(), u32::try_from(self.0.unit()).unwrap_or(0));
         Geometry {

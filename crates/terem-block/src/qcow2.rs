@@ -44,6 +44,7 @@ mod read;
 mod rebuild;
 mod refcount;
 mod snapshot;
+mod switch;
 mod tables;
 mod tracking;
 mod unmap;

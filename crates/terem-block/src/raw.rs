@@ -22,6 +22,10 @@ pub(crate) static DRIVER: Driver = Driver {
     },
     check: None,
     create: |new: &NewImage<'_>| {
+        if new.device.is_some() {
+            // Nobody shall take the disk for what was there before.
+            return new.write_zeroes(0, new.size.min(4096));
+        }
         let done = new.file.set_len(new.size);
         done.and_then(|()| reserve_storage(new.file, 0, new.size, new.options.preallocation))
             .map_err(|e| OpenError::io(new.path, "writing the new image", e))
@@ -87,6 +91,11 @@ impl Image for Raw {
 
     fn unit(&self) -> u64 {
         0
+    }
+
+    /// A device has what somebody wrote to it before.
+    fn reads_as_zero_when_new(&self) -> bool {
+        !self.file.is_block_device()
     }
 
     fn read(&self, offset: u64, view: View) -> Answer<'_> {

@@ -113,7 +113,7 @@ fn sizes_change() {
             if size < model.0.len() as u64 {
                 let e =
                     resize(&image, None, size, false, Preallocation::Off).expect_err("not asked to shrink");
-                assert!(matches!(e, OpenError::Limit { .. }));
+                assert!(matches!(e, OpenError::WouldShrink { .. }), "{e}");
             }
             resize(&image, None, size, true, Preallocation::Off).expect("resized");
             model.0.resize(size as usize, 0);
@@ -310,6 +310,57 @@ fn damage_is_repaired() {
 }
 
 /// An overlay with data of its own over another one over a raw image, and what the disk holds.
+/// Lets the entry of guest cluster `index` of an image with one L2 table (or of its snapshot) point to `host`.
+fn point(image: &Path, l1: u64, index: u64, host: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(image).expect("opened");
+    let mut entry = [0; 8];
+    file.read_exact_at(&mut entry, l1).expect("read");
+    let l2 = u64::from_be_bytes(entry) & 0x00ff_ffff_ffff_fe00;
+    file.write_all_at(&(1 << 63 | host).to_be_bytes(), l2 + index * 8).expect("written");
+}
+
+#[test]
+fn clusters_beyond_the_end_of_the_file() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base.raw");
+    std::fs::write(&base, vec![9; SIZE as usize]).expect("written");
+    for (compat, backed) in [("1.1", true), ("1.1", false), ("0.10", false)] {
+        for beyond in [0, 1, 2, 5, 1 << 20] {
+            let image = scratch.path(&format!("{compat}-{backed}-{beyond}.qcow2"));
+            let shape = format!("compat={compat}");
+            let mut words = vec!["create", "-q", "-f", "qcow2", "-o", &shape];
+            if backed {
+                words.extend(["-b", str(&base), "-F", "raw"]);
+            }
+            let size = SIZE.to_string();
+            words.extend([str(&image), &size]);
+            run("qemu-img", &words);
+            run("qemu-io", &["-c", "write -P 7 0 64k", "-c", "write -P 8 64k 64k", str(&image)]);
+            run("qemu-img", &["snapshot", "-c", "s", str(&image)]);
+            run("qemu-io", &["-c", "write -P 5 0 64k", str(&image)]);
+            let bytes = std::fs::read(&image).expect("read");
+            let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight"));
+            let end = (bytes.len() as u64).next_multiple_of(65536) + beyond * 65536;
+            point(&image, be64(40), 1, end);
+            point(&image, be64(be64(64) as usize), 1, end);
+            let (before, after) = repair(&image, None, Repair::All).expect("repaired");
+            assert!(before.errors >= 2 && after.is_clean(), "{before:?} {after:?}");
+            assert_clean(&image);
+            // What QEMU, and we, read there before; the rest is untouched.
+            for read in ["read -P 5 0 64k", "read -P 0 64k 64k"] {
+                run("qemu-io", &["-r", "-c", read, str(&image)]);
+            }
+            run("qemu-img", &["snapshot", "-a", "s", str(&image)]);
+            for read in ["read -P 7 0 64k", "read -P 0 64k 64k"] {
+                let text = run("qemu-io", &["-r", "-c", read, str(&image)]);
+                assert!(!text.contains("verification failed"), "{text}");
+            }
+            assert_clean(&image);
+        }
+    }
+}
+
 fn chain(scratch: &Scratch) -> (std::path::PathBuf, std::path::PathBuf, Model) {
     let mut random = Random(77);
     scratch.write("base.raw", &random.bytes(2 << 20));
@@ -442,5 +493,53 @@ fn measures_are_qemus() {
         }
         let ours = measure(&top, &OpenOptions::default(), &target).expect("measured");
         assert_eq!((Some(ours.required), Some(ours.fully_allocated)), theirs(&[str(&top)]), "{shape}");
+    }
+}
+
+#[test]
+fn only_qcow2_is_committed() {
+    let scratch = Scratch::new();
+    let (base, top) = (scratch.path("base.vmdk"), scratch.path("top.vmdk"));
+    run("qemu-img", &["create", "-q", "-f", "vmdk", str(&base), "1M"]);
+    run("qemu-img", &["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", str(&top)]);
+    let disk = Disk::open(&top, &OpenOptions::read_only()).expect("opened");
+    assert_eq!(disk.facts().backing_formats, [Format::Vmdk]);
+    drop(disk);
+    let how = terem_block::CommitOptions { empty: true, rate: None };
+    let error = terem_block::commit(&top, &quick(), None, how, &mut |_, _| true).expect_err("no qcow2");
+    assert!(error.to_string().contains("committing a vmdk image is not supported"), "{error}");
+    let error = resize(&base, None, SIZE, false, Preallocation::Off).expect_err("not resized");
+    assert!(!matches!(error, OpenError::WouldShrink { .. }), "{error}");
+    let raw = scratch.path("a.raw");
+    std::fs::write(&raw, vec![0; SIZE as usize]).expect("written");
+    let error = resize(&raw, Some(Format::Raw), SIZE / 2, false, Preallocation::Off).expect_err("smaller");
+    assert!(matches!(error, OpenError::WouldShrink { old: SIZE, .. }), "{error}");
+}
+
+/// The parts that several workers write follow each other in the file.
+#[test]
+fn a_copy_has_no_holes() {
+    let scratch = Scratch::new();
+    let raw = scratch.path("a.raw");
+    let mut random = Random(5);
+    std::fs::write(&raw, random.bytes(40 << 20)).expect("written");
+    let open = OpenOptions { format: Some(Format::Raw), ..OpenOptions::read_only() };
+    for threads in [1, 2, 7] {
+        let image = scratch.path(&format!("{threads}.qcow2"));
+        let options = terem_block::ConvertOptions { threads: Some(threads), ..Default::default() };
+        terem_block::convert(
+            &raw,
+            &open,
+            &image,
+            &terem_block::CreateOptions::default(),
+            &options,
+            &mut |_, _| true,
+        )
+        .expect("copied");
+        assert_clean(&image);
+        let report = terem_block::check(&image, None).expect("checked");
+        let length = std::fs::metadata(&image).expect("there").len();
+        // 640 clusters of data; header, refcount table and block, L1 table, one L2 table.
+        assert_eq!((report.image_end, length), (645 << 16, 645 << 16), "{threads} threads");
     }
 }

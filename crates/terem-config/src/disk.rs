@@ -1,7 +1,9 @@
 //! Disks.
 
 use crate::error::{ConfigError, quote};
-use crate::key_value::KeyValue;
+use crate::key_value::{KeyValue, OrText, one};
+use crate::passphrase::ImagePassphrase;
+use crate::throttle::ThrottleConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -48,6 +50,21 @@ pub struct DiskConfig {
     /// Whether writes go to a temporary overlay which is thrown away at the end.
     #[serde(default)]
     pub snapshot: bool,
+    /// Where the passphrase of an encrypted image comes from: `file:PATH` (all its bytes), `fd:NUMBER` (an inherited
+    /// descriptor), or `ask` (the terminal); never the passphrase itself. With `IMAGE=` before it for that image of the
+    /// chain only; can be repeated.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub passphrase: Vec<ImagePassphrase>,
+    /// A file with the image's LUKS header, where that is not in the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub luks_header: Option<PathBuf>,
+    /// What the disk may do in a second. In the flag's form its keys stand beside the others: `bps=20M,iops=500`.
+    #[serde(default, deserialize_with = "one", skip_serializing_if = "ThrottleConfig::is_none")]
+    #[schemars(with = "OrText<ThrottleConfig>")]
+    pub throttle: ThrottleConfig,
+    /// A name: disks with the same one share the limits, which are given at one of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_group: Option<String>,
 }
 
 fn on() -> bool {
@@ -65,6 +82,17 @@ pub enum DiskFormat {
     Raw,
     /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
+    /// Linux' encrypted format, version 1 or 2.
+    Luks,
+    /// VMware's format.
+    Vmdk,
+    /// VirtualBox's format.
+    Vdi,
+    /// The format of Virtual PC and Hyper-V.
+    #[serde(alias = "vhd")]
+    Vpc,
+    /// Hyper-V's format.
+    Vhdx,
 }
 
 /// How the host's page cache is used.
@@ -119,6 +147,10 @@ impl DiskConfig {
             locking: true,
             backing: Vec::new(),
             snapshot: false,
+            passphrase: Vec::new(),
+            luks_header: None,
+            throttle: ThrottleConfig::default(),
+            throttle_group: None,
         }
     }
 
@@ -157,9 +189,15 @@ impl DiskConfig {
                 "either `snapshot` or `readonly`",
             ));
         }
+        if self.throttle_group.as_ref().is_some_and(String::is_empty) {
+            let key = format!("{key}.throttle_group");
+            errors.push(ConfigError::value(key, "\"\"", "it is empty", "a name"));
+        }
+        self.throttle.validate(&format!("{key}.throttle"), errors);
     }
 }
 
 impl KeyValue for DiskConfig {
     const MAIN_KEY: &'static str = "path";
+    const INNER: Option<(&'static str, &'static [&'static str])> = Some(("throttle", &["bps", "iops"]));
 }

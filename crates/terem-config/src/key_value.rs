@@ -1,7 +1,8 @@
 //! The `key=value,key=value` form of a table: one deserializer into the same serde types that TOML fills.
 //!
 //! The first word may stand without a key: it belongs to the type's main key (`debian.qcow2,readonly`). A later word without
-//! a value means `on`. A key that takes several values is repeated. A comma inside a value is doubled.
+//! a value means `on`. A key that takes several values is repeated. A comma inside a value is doubled. A `-` in a key is the
+//! same as `_`.
 
 use crate::error::{ConfigError, quote};
 use serde::de::value::{MapAccessDeserializer, StrDeserializer};
@@ -17,6 +18,8 @@ pub trait KeyValue: DeserializeOwned {
     const MAIN_KEY: &'static str;
     /// The key of words that begin with `+` or `-`, if there is one.
     const SIGNED_KEY: Option<&'static str> = None;
+    /// A table within this one whose keys stand beside this one's: its name, and what those keys begin with.
+    const INNER: Option<(&'static str, &'static [&'static str])> = None;
 }
 
 /// Reads the `key=value` form of a `T`.
@@ -45,12 +48,32 @@ fn split<T: KeyValue>(text: &str) -> Result<Vec<Field>, ConfigError> {
         if key.is_empty() {
             return Err(ConfigError::missing("", "a word has no key", "key=value,key=value"));
         }
+        let key = key.replace('-', "_");
+        if let Some((table, _)) = T::INNER.filter(|(_, keys)| keys.iter().any(|k| within(&key, k))) {
+            let word = match value {
+                Some(value) => format!("{key}={}", value.replace(',', ",,")),
+                None => format!("{key}="),
+            };
+            match fields.iter_mut().find(|(k, _)| k == table) {
+                Some((_, values)) => match values.first_mut() {
+                    Some(Some(text)) => *text = format!("{text},{word}"),
+                    _ => values.push(Some(word)),
+                },
+                None => fields.push((table.to_string(), vec![Some(word)])),
+            }
+            continue;
+        }
         match fields.iter_mut().find(|(k, _)| *k == key) {
             Some((_, values)) => values.push(value),
             None => fields.push((key, vec![value])),
         }
     }
     Ok(fields)
+}
+
+/// Whether `key` is `first`, or begins with it and an underscore.
+fn within(key: &str, first: &str) -> bool {
+    key.strip_prefix(first).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
 }
 
 /// Splits at single commas; a doubled comma is one that belongs to the word. No text is no words.
@@ -324,6 +347,30 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_a_table_within() {
+        let disk: DiskConfig =
+            from_key_values("a,bps-read=10M,readonly,iops_write_max=7,throttle-group=g").unwrap();
+        assert_eq!(disk.throttle.bps_read, Some(crate::ByteSize::mib(10)));
+        assert_eq!((disk.throttle.iops_write_max, disk.readonly), (Some(7), true));
+        assert_eq!(disk.throttle_group.as_deref(), Some("g"));
+        let whole: DiskConfig = from_key_values("a,throttle=bps=1K,,iops=5,iops-size=4K").unwrap();
+        let (kib, four) = (crate::ByteSize::kib(1), crate::ByteSize::kib(4));
+        assert_eq!(
+            (whole.throttle.bps, whole.throttle.iops, whole.throttle.iops_size),
+            (Some(kib), Some(5), Some(four))
+        );
+        for (wrong, expected) in [
+            ("a,bps", "throttle = \"bps=\": bps = \"\": it is no size"),
+            ("a,iops=1x", "throttle = \"iops=1x\": iops = \"1x\": it is no whole number"),
+            ("a,bps_raed=1", "bps_raed: there is no such key"),
+            ("a,bps=1,bps=2", "bps = \"2\": it is given more than once"),
+        ] {
+            let error = disk_error(wrong);
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
     fn signed_words() {
         let cpu: CpuConfig = from_key_values("host,-avx2,+aes").unwrap();
         assert_eq!(cpu.model, "host");
@@ -334,8 +381,8 @@ mod tests {
     fn mistakes_name_key_value_and_remedy() {
         assert_eq!(disk_error("a.img,fromat=raw").split(" (did").nth(1), Some(" you mean `format`?)"));
         assert_eq!(
-            disk_error("a.img,format=vdi"),
-            "format = \"vdi\": it is none of the choices; expected one of `probe`, `raw`, `qcow2`"
+            disk_error("a.img,format=parallels"),
+            "format = \"parallels\": it is none of the choices; expected one of `probe`, `raw`, `qcow2`, `luks`, `vmdk`, `vdi`, `vhd`, `vpc`, `vhdx`"
         );
         assert_eq!(
             disk_error("a.img,readonly=yes"),

@@ -9,7 +9,9 @@ use crate::gdb::{GdbAddress, GdbConfig};
 use crate::key_value::{OrText, many, one, optional};
 use crate::net::{NetConfig, NetKind};
 use crate::numa::{self, NumaConfig};
+use crate::passphrase::ImagePassphrase;
 use crate::size::ByteSize;
+use crate::throttle::ThrottleConfig;
 use crate::trace::TraceConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -131,8 +133,10 @@ impl MachineConfig {
             .iter_mut()
             .chain(&mut self.initrd)
             .chain(chars.into_iter().filter_map(CharConfig::path_mut));
-        let images =
-            self.disks.iter_mut().flat_map(|disk| std::iter::once(&mut disk.path).chain(&mut disk.backing));
+        let images = self.disks.iter_mut().flat_map(|disk| {
+            let keys = disk.passphrase.iter_mut().flat_map(ImagePassphrase::paths_mut);
+            std::iter::once(&mut disk.path).chain(&mut disk.backing).chain(&mut disk.luks_header).chain(keys)
+        });
         let gdb = self.gdb.iter_mut().filter_map(|gdb| match &mut gdb.listen {
             GdbAddress::Unix(path) => Some(path),
             GdbAddress::Tcp { .. } => None,
@@ -287,6 +291,50 @@ impl MachineConfig {
                     "another image, or `readonly` on both",
                 ));
             }
+            self.validate_throttle_group(index, errors);
+        }
+    }
+
+    /// The limits of a group are given once, or always the same.
+    fn validate_throttle_group(&self, index: usize, errors: &mut Vec<ConfigError>) {
+        let disk = &self.disks[index];
+        let Some(group) = disk.throttle_group.as_deref().filter(|group| !group.is_empty()) else { return };
+        let mut limits =
+            self.disks.iter().enumerate().filter(|(_, other)| {
+                other.throttle_group.as_deref() == Some(group) && !other.throttle.is_none()
+            });
+        let key = format!("disk[{index}].throttle_group");
+        match limits.next() {
+            None => errors.push(ConfigError::value(
+                key,
+                quote(group),
+                "no disk of the group has limits",
+                "limits such as bps=20M at one of them",
+            )),
+            Some((first, other)) if !disk.throttle.is_none() && disk.throttle != other.throttle => {
+                errors.push(ConfigError::value(
+                    key,
+                    quote(group),
+                    format!("disk[{first}] gives the group other limits"),
+                    "limits at one disk of a group",
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// The limits of a disk: its own, or its group's.
+    #[must_use]
+    pub fn throttle_of<'a>(&'a self, disk: &'a DiskConfig) -> &'a ThrottleConfig {
+        let group = |other: &&DiskConfig| {
+            disk.throttle_group.is_some()
+                && other.throttle_group == disk.throttle_group
+                && !other.throttle.is_none()
+        };
+        if disk.throttle.is_none() {
+            self.disks.iter().find(group).map_or(&disk.throttle, |other| &other.throttle)
+        } else {
+            &disk.throttle
         }
     }
 

@@ -5,8 +5,9 @@ use proptest::prelude::*;
 use std::path::Path;
 use terem_config::{
     AccelConfig, AccelKind, AioMode, ByteSize, CacheMode, CharConfig, CpuConfig, CpuFlag, CpusConfig,
-    DirectPrograms, DiscardMode, DiskConfig, DiskFormat, Forward, GdbAddress, GdbConfig, MacAddress,
-    MachineConfig, NetConfig, NetKind, Protocol, TraceConfig, TraceWhat, from_key_values, from_toml,
+    DirectPrograms, DiscardMode, DiskConfig, DiskFormat, Forward, GdbAddress, GdbConfig, ImagePassphrase,
+    MacAddress, MachineConfig, NetConfig, NetKind, PassphraseSource, Protocol, ThrottleConfig, TraceConfig,
+    TraceWhat, from_key_values, from_toml,
 };
 
 fn errors(text: &str) -> Vec<String> {
@@ -193,9 +194,33 @@ fn word() -> impl Strategy<Value = String> {
     "[a-zA-Z0-9 ,=+\"'\\\\#/._-]{1,12}"
 }
 
+fn passphrase() -> impl Strategy<Value = ImagePassphrase> {
+    let source = prop_oneof![
+        word().prop_map(|path| PassphraseSource::File(path.into())),
+        any::<u32>().prop_map(PassphraseSource::Descriptor),
+        Just(PassphraseSource::Ask),
+    ];
+    let image = prop::option::of("[a-z.]{1,8}".prop_map(Into::into));
+    (image, source).prop_map(|(image, source)| ImagePassphrase { image, source })
+}
+
+fn throttle() -> impl Strategy<Value = ThrottleConfig> {
+    let rate = || prop::option::of(0..u64::MAX >> 1);
+    (rate(), rate(), prop::option::of(any::<u32>()), rate(), rate()).prop_map(|(a, b, length, c, d)| {
+        ThrottleConfig {
+            bps: a.map(ByteSize),
+            bps_write_max: b.map(ByteSize),
+            iops_read_max_length: length,
+            iops_write: c,
+            iops_size: d.map(ByteSize),
+            ..ThrottleConfig::default()
+        }
+    })
+}
+
 fn disk() -> impl Strategy<Value = DiskConfig> {
     let choices = (
-        prop::sample::select(vec![DiskFormat::Probe, DiskFormat::Raw, DiskFormat::Qcow2]),
+        prop::sample::select(vec![DiskFormat::Probe, DiskFormat::Raw, DiskFormat::Qcow2, DiskFormat::Vpc]),
         prop::sample::select(vec![CacheMode::Writeback, CacheMode::None, CacheMode::Unsafe]),
         prop::sample::select(vec![DiscardMode::Unmap, DiscardMode::Ignore]),
         prop::sample::select(vec![AioMode::Auto, AioMode::IoUring, AioMode::Threads]),
@@ -206,8 +231,15 @@ fn disk() -> impl Strategy<Value = DiskConfig> {
         prop::option::of(word()),
         prop::collection::vec(word(), 0..3),
     );
-    (choices, rest, any::<[bool; 3]>()).prop_map(
-        |((format, cache, discard, aio), (path, queues, serial, backing), switches)| {
+    let new = (
+        prop::collection::vec(passphrase(), 0..3),
+        prop::option::of(word().prop_map(Into::into)),
+        throttle(),
+        prop::option::of(word()),
+    );
+    (choices, rest, any::<[bool; 3]>(), new).prop_map(
+        |((format, cache, discard, aio), (path, queues, serial, backing), switches, new)| {
+            let (passphrase, luks_header, throttle, throttle_group) = new;
             let [readonly, locking, snapshot] = switches;
             let backing = backing.into_iter().map(Into::into).collect();
             DiskConfig {
@@ -222,6 +254,10 @@ fn disk() -> impl Strategy<Value = DiskConfig> {
                 locking,
                 backing,
                 snapshot,
+                passphrase,
+                luks_header,
+                throttle,
+                throttle_group,
             }
         },
     )
@@ -329,6 +365,10 @@ fn key_values(table: &toml::Table) -> String {
         for value in values {
             let text = match value {
                 toml::Value::String(text) => text.replace(',', ",,"),
+                toml::Value::Table(inner) => {
+                    words.push(key_values(&inner));
+                    continue;
+                }
                 toml::Value::Boolean(value) => if value { "on" } else { "off" }.to_string(),
                 value => value.to_string(),
             };
@@ -364,4 +404,57 @@ proptest! {
     fn no_machine_panics_the_checks(config in machine()) {
         let _ = config.validate();
     }
+}
+
+#[test]
+fn limits_of_disks() {
+    let errors = |disks: &str| {
+        let text = format!("kernel = \"k\"\ndisk = [{disks}]");
+        let config = from_toml(&text, Path::new("m.toml")).unwrap();
+        config.validate().err().map_or_else(String::new, |errors| errors.to_string())
+    };
+    assert_eq!(
+        errors("\"a,bps=10M,bps-max=20M,bps-max-length=5,iops-read=1,iops-write=2,iops-size=4K\""),
+        ""
+    );
+    assert_eq!(
+        errors("{ path = \"a\", throttle = { iops = 5 }, throttle_group = \"g\" }, \"b,throttle-group=g\""),
+        ""
+    );
+    for (disks, error) in [
+        ("\"a,bps=1M,bps-read=1M\"", "disk[0].throttle.bps = "),
+        ("\"a,iops=0\"", "disk[0].throttle.iops = 0: it is no rate"),
+        ("\"a,iops-max=5\"", "disk[0].throttle.iops_max = 5: a burst needs a limit"),
+        ("\"a,iops=6,iops-max=5\"", "disk[0].throttle.iops_max = 5: a burst would be slower"),
+        ("\"a,iops=6,iops-max-length=5\"", "disk[0].throttle.iops_max_length = 5: there is no burst"),
+        ("\"a,iops=6,iops-max=7,iops-max-length=0\"", "disk[0].throttle.iops_max_length = 0"),
+        ("\"a,bps=6,bps-max=1P,bps-max-length=5\"", "disk[0].throttle.bps_max = "),
+        ("\"a,bps=6,iops-size=512\"", "disk[0].throttle.iops_size = 512"),
+        ("\"a,throttle-group=g\"", "disk[0].throttle_group = \"g\": no disk of the group has limits"),
+        (
+            "\"a,iops=1,throttle-group=g\", \"b,iops=2,throttle-group=g\"",
+            "disk[1].throttle_group = \"g\": disk[0] gives",
+        ),
+        ("\"a,iops=1,throttle-group=\"", "disk[0].throttle_group = \"\": it is empty"),
+    ] {
+        let found = errors(disks);
+        assert!(found.contains(error), "{disks}: {found}");
+    }
+}
+
+#[test]
+fn passphrases_are_never_in_the_configuration() {
+    let file = "kernel = \"k\"\ndisk = [\"a,passphrase=file:key,passphrase=base=fd:3,luks-header=h\"]";
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.toml");
+    std::fs::write(&path, file).unwrap();
+    let (config, errors) = terem_config::load(&path);
+    assert!(errors.is_empty(), "{errors:?}");
+    let disk = &config.disks[0];
+    let texts: Vec<_> = disk.passphrase.iter().map(ToString::to_string).collect();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    assert_eq!(texts, [format!("file:{}", at("key")), format!("{}=fd:3", at("base"))]);
+    assert_eq!(disk.luks_header, Some(dir.path().join("h")));
+    let error = from_key_values::<DiskConfig>("a,passphrase=secret").unwrap_err().to_string();
+    assert!(error.contains("file:PATH, fd:NUMBER or ask"), "{error}");
 }

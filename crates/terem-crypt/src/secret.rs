@@ -45,6 +45,16 @@ impl Passphrase {
         }
     }
 
+    /// A new one of 32 bytes that nobody knows, for something that is thrown away.
+    ///
+    /// # Errors
+    /// The host has no random numbers.
+    pub fn random() -> Result<Self, crate::CryptError> {
+        let mut bytes = Self(vec![0; 32]);
+        random(&mut bytes.0)?;
+        Ok(bytes)
+    }
+
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

@@ -3,7 +3,7 @@
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
-use terem_block::{Disk, Op};
+use terem_block::{Keys, Op};
 use terem_bus::{Bus, Clock};
 use terem_config::{CharConfig, DirectPrograms};
 use terem_cpu::{Accelerator, CpuError, Trace};
@@ -18,7 +18,7 @@ use crate::board::BoardError;
 use crate::board::q35::{Connections, Q35};
 use crate::boot::{BootError, BootFiles, Loaded};
 use crate::consoles::{ConsoleError, Line, Opener, SerialEnd};
-use crate::disks::{self, DiskError};
+use crate::disks::{self, DiskError, OpenDisk};
 use crate::gdb::{self, GdbError};
 use crate::handle::{Phase, Shared};
 use crate::machine::{AtEnd, Events, Firmware, Machine, PrepareError};
@@ -87,25 +87,31 @@ pub struct Lent {
     pub stdio: Option<Box<dyn CharBackend>>,
     /// Where traces go that have no file. Without it they are dropped.
     pub trace: Option<Lines>,
+    /// The passphrases of the disks, in their order; disks beyond its end have none. They are wiped when the disks are
+    /// open.
+    pub keys: Vec<Keys>,
 }
 
 impl std::fmt::Debug for Lent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { stdio, trace } = self;
-        f.debug_struct("Lent").field("stdio", &stdio.is_some()).field("trace", &trace.is_some()).finish()
+        let Self { stdio, trace, keys: _ } = self;
+        f.debug_struct("Lent")
+            .field("stdio", &stdio.is_some())
+            .field("trace", &trace.is_some())
+            .finish_non_exhaustive()
     }
 }
 
 /// Backends, opened before anything that needs them is built.
 struct Backends {
-    disks: Vec<Arc<Disk>>,
+    disks: Vec<OpenDisk>,
     nets: Vec<Arc<dyn NetBackend>>,
 }
 
 impl Backends {
-    fn open(plan: &Plan) -> Result<Self, BuildError> {
+    fn open(plan: &Plan, keys: Vec<Keys>) -> Result<Self, BuildError> {
         let nets = plan.nets.iter().map(nets::open).collect::<Result<_, _>>()?;
-        let disks = plan.disks.iter().map(|d| disks::open(&d.config)).collect::<Result<_, _>>()?;
+        let disks = disks::open_all(&plan.disks, keys)?;
         Ok(Self { disks, nets })
     }
 }
@@ -118,7 +124,7 @@ impl Machine {
     pub fn build(plan: Plan, lent: Lent) -> Result<Self, BuildError> {
         let boot = plan.boot.as_ref().ok_or(BuildError::NoKernel)?;
         let files = BootFiles::open(&boot.kernel, boot.initrd.as_deref(), &boot.cmdline)?;
-        let backends = Backends::open(&plan)?;
+        let backends = Backends::open(&plan, lent.keys)?;
         let memory = GuestMemory::new(&plan.memory.ram())?;
         let bus = Arc::new(Bus::new(Clock::system(0)));
         let gdb_listener = plan.gdb.as_ref().map(|gdb| gdb::Listener::bind(&gdb.listen)).transpose()?;
@@ -238,7 +244,7 @@ fn plug_in(
     }
     for (disk, open) in plan.disks.iter().zip(&backends.disks) {
         let serial = disk.config.serial.as_deref().unwrap_or_default();
-        board.plug_in(disk.address, Arc::new(Blk::new(Arc::clone(open) as _, disk.queues, serial)))?;
+        board.plug_in(disk.address, Arc::new(Blk::new(Arc::clone(&open.backend), disk.queues, serial)))?;
     }
     Ok(())
 }
@@ -257,9 +263,9 @@ fn firmware(plan: &Plan, files: BootFiles) -> Result<Firmware, BuildError> {
 
 /// What brings the disks in order at the end: the images are closed when the last device lets go of them, but
 /// nobody should have to rely on that.
-fn flushes(disks: &[Arc<Disk>]) -> Vec<AtEnd> {
-    let flush = |disk: &Arc<Disk>| -> AtEnd {
-        let disk = Arc::clone(disk);
+fn flushes(disks: &[OpenDisk]) -> Vec<AtEnd> {
+    let flush = |open: &OpenDisk| -> AtEnd {
+        let disk = Arc::clone(&open.disk);
         Box::new(move || {
             if let Err(e) = disk.run(Op::Flush) {
                 tracing::error!("the last flush of {} failed: {e}", disk.facts().path.display());

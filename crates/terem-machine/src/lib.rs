@@ -36,7 +36,7 @@ mod vcpus;
 
 pub use build::{BuildError, Lent};
 pub use consoles::ConsoleError;
-pub use disks::DiskError;
+pub use disks::{DiskError, throttle_limits};
 pub use gdb::GdbError;
 pub use handle::{Event, MachineHandle, Phase, RequestError, Stat, Status};
 pub use host_cpus::{Accelerators, HostCpus};

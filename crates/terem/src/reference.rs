@@ -18,6 +18,9 @@ const TABLES: [(&str, &str); 8] = [
     ("trace", "TraceConfig"),
 ];
 
+/// A table within one of them, whose keys can stand among that one's on the command line: flag, key, table's name.
+const WITHIN: (&str, &str, &str) = ("disk", "throttle", "ThrottleConfig");
+
 /// One key of a table.
 struct Key {
     name: String,
@@ -30,10 +33,14 @@ pub fn with_keys(command: clap::Command) -> clap::Command {
     let schema = terem_config::schema();
     command.mut_subcommand("run", |mut run| {
         for (flag, table) in TABLES {
-            let keys: String = keys(&schema, table)
-                .iter()
-                .map(|key| format!("\n  {}={}: {}", key.name, key.values, key.text))
-                .collect();
+            let (outer, key, inner) = WITHIN;
+            let mut all = keys(&schema, table);
+            if flag == outer {
+                all.retain(|found| found.name != key);
+                all.extend(keys(&schema, inner));
+            }
+            let keys: String =
+                all.iter().map(|key| format!("\n  {}={}: {}", key.name, key.values, key.text)).collect();
             run = run.mut_arg(flag, |argument| {
                 let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
                 argument.long_help(format!("{help}\n\nThe first word belongs to the main key. Keys:{keys}"))
@@ -119,6 +126,12 @@ pub fn markdown() -> String {
         let about = schema["$defs"][name]["description"].as_str().unwrap_or_default();
         let _ = write!(text, "\n### `{title}`, `--{flag}`\n\n{about}\n\n");
         table(&mut text, &keys(&schema, name));
+        let (outer, key, inner) = WITHIN;
+        if flag == outer {
+            let about = schema["$defs"][inner]["description"].as_str().unwrap_or_default();
+            let _ = write!(text, "\n### `[{flag}.{key}]`, keys of `--{flag}`\n\n{about}\n\n");
+            table(&mut text, &keys(&schema, inner));
+        }
     }
     text.push_str("\n## Exit codes\n\n| code | meaning |\n| ---: | --- |\n");
     for (code, meaning) in exit::DESCRIPTIONS {
@@ -139,8 +152,8 @@ the first disk. Flags go before the file: single values replace the file's, `--d
 and `--numa` replace all network interfaces and all nodes of the file. `--print-config` writes the result as a machine file.
 
 Values that are tables are written `key=value,key=value`. The first word may stand alone: it belongs to the main key. A later
-word alone means `on`. A key with several values is repeated. A comma inside a value is doubled. In a machine file `on` and
-`off` are `true` and `false`, and a key with several values has a list.
+word alone means `on`. A key with several values is repeated. A comma inside a value is doubled. A `-` in a key is the same as
+`_`. In a machine file `on` and `off` are `true` and `false`, and a key with several values has a list.
 
 ## Flags
 
@@ -217,7 +230,7 @@ mod tests {
     #[test]
     fn every_key_is_described() {
         let schema = terem_config::schema();
-        for (_, table) in TABLES {
+        for table in TABLES.map(|(_, table)| table).into_iter().chain([WITHIN.2]) {
             let keys = keys(&schema, table);
             assert!(!keys.is_empty(), "{table}");
             for key in keys {

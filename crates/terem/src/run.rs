@@ -2,6 +2,7 @@
 
 use crate::arguments::RunArguments;
 use crate::detach;
+use crate::disk::passphrase::read_keys;
 use crate::escape::Wish;
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
@@ -12,13 +13,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
+use terem_block::{Keys, OpenError};
 use terem_config::{AccelKind, CharConfig, MachineConfig};
 use terem_host::KvmProbe;
 use terem_machine::control::{
     Claim, ClaimError, Console, ConsoleEnd, ControlServer, ControlTarget, MachineTarget,
 };
-use terem_machine::plan::{HostInventory, Plan};
-use terem_machine::{BuildError, Lent, Machine, MachineHandle, Outcome};
+use terem_machine::plan::{DiskPlan, HostInventory, Plan};
+use terem_machine::{BuildError, DiskError, Lent, Machine, MachineHandle, Outcome};
 
 /// Output that a console keeps, in bytes: some thousands of lines.
 const CONSOLE: usize = 1 << 20;
@@ -48,13 +50,21 @@ pub fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
         config.name = Some(claim.name().into());
         plan = self::plan(&config, &host)?;
     }
+    // Before the terminal is let go: they may be asked for there.
+    let keys = keys(&plan)?;
     if arguments.detached {
         detach::leave_session()?;
         if claim.is_none() {
             return Err(Failure::host("cannot run in the background without a control socket"));
         }
     }
-    Session::new(plan, claim, arguments)?.run()
+    Session::new(plan, claim, arguments, keys)?.run()
+}
+
+/// The passphrases of the disks.
+fn keys(plan: &Plan) -> Result<Vec<Keys>, Failure> {
+    let read = |disk: &DiskPlan| read_keys(&disk.config.passphrase, &disk.config.path.display().to_string());
+    plan.disks.iter().map(read).collect()
 }
 
 fn host(config: &MachineConfig) -> HostInventory {
@@ -109,7 +119,12 @@ struct Session {
 }
 
 impl Session {
-    fn new(plan: Plan, claim: Option<Claim>, arguments: &RunArguments) -> Result<Self, Failure> {
+    fn new(
+        plan: Plan,
+        claim: Option<Claim>,
+        arguments: &RunArguments,
+        keys: Vec<Keys>,
+    ) -> Result<Self, Failure> {
         let detached = arguments.detached;
         let on_stdio = plan.serial == CharConfig::Stdio
             || plan.console.as_ref().is_some_and(|c| c.backend == CharConfig::Stdio);
@@ -117,6 +132,7 @@ impl Session {
         let lent = Lent {
             stdio: console.clone().map(|console| Box::new(ConsoleEnd(console)) as _),
             trace: Some(Box::new(stdio::Lines)),
+            keys,
         };
         let name = plan.name.clone();
         let reason = plan.accelerator.reason.clone();
@@ -189,6 +205,9 @@ impl Session {
 fn cannot_build(name: &str, error: &BuildError) -> Failure {
     let text = format!("cannot run {name}: {}", chain(error));
     match error {
+        BuildError::Disk(DiskError::Open { source: OpenError::NeedsPassphrase { .. }, .. }) => {
+            Failure::host(text).hint("passphrase=file:PATH, fd:NUMBER or ask in its --disk")
+        }
         BuildError::NoKernel => Failure::configuration(text),
         _ => Failure::host(text),
     }

@@ -505,7 +505,10 @@ fn encrypted_disks_and_their_keys() {
     let create = ["disk", "create", "--format", "luks", "-o", cheap, "a.luks", "1M"];
     home.expect(0, &[&create[..], &["--new-passphrase", "file:one"]].concat());
     let (out, _) = home.expect(0, &["disk", "info", "a.luks"]);
-    assert!(out.contains("LUKS 1, aes-xts-plain64, 512 bits") && out.contains("key slots     0\n"), "{out}");
+    assert!(
+        out.contains("LUKS 1, aes-xts-plain64, 512 bits") && out.contains("key slots     1 in use: 0\n"),
+        "{out}"
+    );
 
     let with = |passphrase, more: &[&str]| -> Vec<String> {
         ["disk", "--passphrase", passphrase].iter().chain(more).map(ToString::to_string).collect()
@@ -530,4 +533,38 @@ fn encrypted_disks_and_their_keys() {
     expect(0, "file:two", &["compare", "a.luks", "a.qcow2"]);
     let (out, _) = home.expect(0, &["disk", "key", "list", "--json", "a.luks"]);
     assert!(out.contains("\"slot\": 1") && !out.contains("\"slot\": 0"), "{out}");
+}
+
+#[test]
+fn disks_of_a_machine_take_passphrases_and_limits() {
+    let home = Home::new();
+    fs::write(home.path("one"), "first").unwrap();
+    fs::write(home.path("wrong"), "second").unwrap();
+    let create = ["disk", "create", "--format", "luks", "-o", "iter-time=1", "--new-passphrase", "file:one"];
+    home.expect(0, &[&create[..], &["a.luks", "1M"]].concat());
+    // What has no kernel is not built: the disks are looked at before that fails.
+    fs::write(home.path("k"), [0; 4096]).unwrap();
+    let (_, err) = home.expect(2, &["run", "--kernel", "k", "--disk", "a.luks,passphrase=first"]);
+    assert!(err.contains("file:PATH, fd:NUMBER or ask"), "{err}");
+    let (_, err) = home.expect(1, &["run", "--kernel", "k", "--disk", "a.luks,passphrase=file:nowhere"]);
+    assert!(err.contains("cannot read a passphrase from nowhere"), "{err}");
+    let (out, _) = home.expect(
+        0,
+        &["run", "--print-config", "--kernel", "k", "--disk", "a.luks,passphrase=file:one,bps-write=10M"],
+    );
+    assert!(out.contains("passphrase = [\"file:one\"]") && out.contains("bps_write = \"10M\""), "{out}");
+    assert!(!out.contains("first"), "{out}");
+
+    fs::write(home.path("a.raw"), vec![0; 1 << 20]).unwrap();
+    let bench =
+        |throttle| ["disk", "bench", "--format", "raw", "--count", "20", "--throttle", throttle, "a.raw"];
+    home.expect(0, &bench("iops=1000,iops-max=2000"));
+    for (wrong, text) in [
+        ("iops=5,iops-read=5", "--throttle: iops: not besides a limit on reads or writes alone"),
+        ("iosp=5", "--throttle: iosp: there is no such key"),
+        ("bps=5,bps-max=4", "--throttle: bps: a burst is slower than the limit"),
+    ] {
+        let (_, err) = home.expect(2, &bench(wrong));
+        assert!(err.contains(text), "{err}");
+    }
 }

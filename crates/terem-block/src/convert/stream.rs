@@ -9,9 +9,11 @@ use std::sync::mpsc::{Receiver, channel};
 use terem_memory::AlignedBuffer;
 
 use super::{ConvertOptions, Progress, into_new, is_zero, request};
+use crate::create::device_length;
 use crate::file::to_usize;
 use crate::{
-    BlockBackend, CreateOptions, Disk, IoError, Op, OpenError, OpenOptions, Preallocation, Request, resize,
+    BlockBackend, CreateOptions, Disk, Format, IoError, Op, OpenError, OpenOptions, Preallocation, Request,
+    resize,
 };
 
 /// The outcome of a request, once it is known.
@@ -37,18 +39,33 @@ pub fn import(
     progress: Progress<'_>,
 ) -> Result<(), OpenError> {
     let target = target.as_ref();
-    let room = size.unwrap_or(UNKNOWN);
+    // What is on a block device has the device's size already.
+    let device = device_length(target).filter(|_| target_options.format == Format::Raw);
+    let room = size.or(device).unwrap_or(UNKNOWN);
     into_new(target, target_options, room, &ConvertOptions::default(), |path, to| {
         let at = fill(source, room, target, &to, progress)?;
         if let Some(size) = size.filter(|_| !to.facts().zero_when_new) {
             zero_rest(target, &to, at, size)?;
         }
         to.close().map_err(|e| request(target, "writing the copy", e))?;
+        if device.is_some() {
+            return if size.is_none() && more(source) {
+                let what = format!("the source has more than the {room} bytes of the device");
+                Err(OpenError::Limit { path: target.to_owned(), what })
+            } else {
+                Ok(())
+            };
+        }
         if size.is_none() {
             resize(path, Some(target_options.format), at, true, Preallocation::Off)?;
         }
         Ok(())
     })
+}
+
+/// Whether the source has not ended.
+fn more(source: &mut dyn Read) -> bool {
+    read_full(source, &mut [0]).is_ok_and(|n| n > 0)
 }
 
 /// The rest of a disk that does not read as zeroes by itself.

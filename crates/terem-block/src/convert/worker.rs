@@ -19,8 +19,6 @@ use crate::file::{PlainFile, to_usize};
 use crate::node::Packer;
 use crate::{BlockBackend, Extent, IoError, Op, OpenError, Request};
 
-/// Storage of the target that a worker takes at once.
-const POOL: u64 = 16 << 20;
 /// Requests to the target that a worker does not wait for yet.
 const IN_FLIGHT: usize = 8;
 /// Windows that a worker reads while another one writes; together they fit the second-level cache.
@@ -54,6 +52,8 @@ pub(super) struct Worker<'a> {
     reader: Reader<'a>,
     /// Storage of the target that it has not used yet: host offset and bytes.
     pool: (u64, u64),
+    /// Bytes for which the window needs storage still.
+    wanted: u64,
     /// Disk offset, host offset and bytes of what was written and is to be mapped.
     placed: Vec<(u64, u64, u64)>,
     pending: VecDeque<Receiver<Result<(), IoError>>>,
@@ -72,6 +72,7 @@ impl<'a> Worker<'a> {
             target,
             reader: Reader::new(copying, parts),
             pool: (0, 0),
+            wanted: 0,
             placed: Vec::new(),
             pending: VecDeque::new(),
         }
@@ -194,22 +195,28 @@ impl<'a> Worker<'a> {
         filled.buffer.resize(length.next_multiple_of(unit), 0);
         filled.length = window.length;
         self.reader.read(window, &mut filled.buffer)?;
+        let mut runs = Vec::new();
         let mut at = 0;
         while at < length {
-            let first = self.kind(window, &filled.buffer, at);
+            let kind = self.kind(window, &filled.buffer, at);
             let mut end = at + unit;
-            while end < length && self.kind(window, &filled.buffer, end) == first {
+            while end < length && self.kind(window, &filled.buffer, end) == kind {
                 end += unit;
             }
             let end = end.min(filled.buffer.len());
-            let offset = window.offset + at as u64;
-            let there = end.min(length) - at;
-            match first {
+            runs.push((kind, at..end));
+            at = end;
+        }
+        let data = runs.iter().filter(|(kind, _)| *kind == Kind::Data);
+        self.wanted = data.map(|(_, range)| range.len() as u64).sum();
+        for (kind, range) in runs {
+            let offset = window.offset + range.start as u64;
+            let there = range.end.min(length) - range.start;
+            match kind {
                 Kind::Skipped => {}
                 Kind::Zero => self.write_zeroes(offset, there as u64),
-                Kind::Data => self.write_data(offset, at..end, there, filled)?,
+                Kind::Data => self.write_data(offset, range, there, filled)?,
             }
-            at = end;
         }
         Ok(())
     }
@@ -303,7 +310,8 @@ impl<'a> Worker<'a> {
     /// Storage of the target, up to `want` bytes.
     fn take(&mut self, want: u64) -> Result<(u64, u64), OpenError> {
         if self.pool.1 == 0 {
-            let clusters = POOL.max(self.target.cluster);
+            // No more than the window needs: what is given back later would be a hole between the parts of two workers.
+            let clusters = self.wanted.max(self.target.cluster);
             let place = move |node: std::rc::Rc<crate::node::Node>| {
                 Box::pin(async move { node.image().place(clusters).await })
                     as crate::executor::LocalFuture<'_, _>
@@ -313,6 +321,7 @@ impl<'a> Worker<'a> {
         let n = want.min(self.pool.1);
         let host = self.pool.0;
         self.pool = (host + n, self.pool.1 - n);
+        self.wanted = self.wanted.saturating_sub(n);
         Ok((host, n))
     }
 

@@ -90,6 +90,8 @@ pub(crate) enum Action {
     Sync,
     /// `fallocate` with these mode bits.
     Allocate { mode: i32, offset: u64, length: u64 },
+    /// `BLKDISCARD` of a block device: whole sectors.
+    Discard { offset: u64, length: u64 },
     /// Takes what a stream socket has, and waits until it has something; the result is the number of bytes, 0 at the
     /// peer's end. The socket is in blocking mode.
     Receive { memory: Vectors },
@@ -101,7 +103,10 @@ impl Action {
     /// Moves it on by so many bytes of the file.
     pub(crate) fn shift(&mut self, by: u64) {
         match self {
-            Self::Read { offset, .. } | Self::Write { offset, .. } | Self::Allocate { offset, .. } => {
+            Self::Read { offset, .. }
+            | Self::Write { offset, .. }
+            | Self::Allocate { offset, .. }
+            | Self::Discard { offset, .. } => {
                 *offset = offset.saturating_add(by);
             }
             Self::Sync | Self::Receive { .. } | Self::Send { .. } => {}
@@ -111,6 +116,11 @@ impl Action {
     /// Whether it waits for a peer, for as long as that likes.
     fn is_socket(&self) -> bool {
         matches!(self, Self::Receive { .. } | Self::Send { .. })
+    }
+
+    /// Whether a ring cannot do it.
+    fn needs_thread(&self) -> bool {
+        matches!(self, Self::Discard { .. })
     }
 }
 
@@ -225,7 +235,7 @@ impl Engine {
     pub(crate) fn run(self: &Rc<Self>, job: Job) -> Running {
         let (mut slots, index) = self.free_slot();
         let job = Box::new(job);
-        let job = if let Some(ring) = &self.ring {
+        let job = if let Some(ring) = self.ring.as_ref().filter(|_| !job.action.needs_thread()) {
             ring.borrow_mut().start(index, &job);
             Some(job)
         } else if job.action.is_socket() {

@@ -69,6 +69,8 @@ impl Ring {
             Action::Allocate { mode, offset, length } => {
                 opcode::Fallocate::new(fd, *length).offset(*offset).mode(*mode).build()
             }
+            // Threads do it ([`Action::needs_thread`]).
+            Action::Discard { .. } => opcode::Nop::new().build(),
         };
         self.backlog.push_back(entry.user_data(index as u64));
     }

@@ -34,6 +34,11 @@ impl Qcow2 {
         Ok(offset)
     }
 
+    /// No cluster can be at this offset of the file or beyond it.
+    fn end(&self) -> u64 {
+        if self.file.is_block_device() { self.file.len() } else { MAX_OFFSET }
+    }
+
     pub(super) async fn take(&self, want: u64) -> Result<(u64, u64), IoError> {
         loop {
             let from = self.first_free.get();
@@ -53,8 +58,11 @@ impl Qcow2 {
                 self.first_free.set(base + self.counts.per_block());
                 continue;
             };
-            let (first, count) = (base + run.start as u64, run.len() as u64);
-            if (first + count) << self.bits() > MAX_OFFSET {
+            let first = base + run.start as u64;
+            let room = (self.end() >> self.bits()).saturating_sub(first);
+            let run = run.start..run.end.min(run.start.saturating_add(to_usize(room)));
+            let count = run.len() as u64;
+            if count == 0 {
                 return Err(IoError::NoSpace);
             }
             let bytes = count << self.bits();
@@ -112,7 +120,7 @@ impl Qcow2 {
             return self.grow_reftable(index).await;
         }
         let offset = at << self.bits();
-        if offset >= MAX_OFFSET {
+        if offset + self.cluster_size() > self.end() {
             return Err(IoError::NoSpace);
         }
         if let Err(what) = self.metadata.check(offset, self.cluster_size(), Writing::Data) {
@@ -155,7 +163,7 @@ impl Qcow2 {
             blocks += 1;
         };
         let start = index * per_block;
-        if entries > MAX_REFTABLE_ENTRIES || (start + blocks + table_clusters) << self.bits() > MAX_OFFSET {
+        if entries > MAX_REFTABLE_ENTRIES || (start + blocks + table_clusters) << self.bits() > self.end() {
             return Err(IoError::NoSpace);
         }
         let used = blocks + table_clusters;
@@ -212,6 +220,9 @@ impl Qcow2 {
     /// Lets the file end with its last used cluster.
     pub(super) async fn trim(&self) -> Result<(), IoError> {
         self.reclaim().await?;
+        if self.file.is_block_device() {
+            return Ok(());
+        }
         let _one = self.allocating.all().await;
         let there = self.file.len().div_ceil(self.cluster_size());
         let mut end = there;

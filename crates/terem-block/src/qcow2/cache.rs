@@ -48,10 +48,10 @@ pub(crate) struct TableCache {
 }
 
 impl TableCache {
-    /// A cache of tables of `table_len` bytes, about `bytes` in all, at least four.
+    /// A cache of tables of `table_len` bytes, about `bytes` in all, at least two.
     pub(crate) fn new(table_len: u64, bytes: usize) -> Self {
         let table_len = to_usize(table_len);
-        let capacity = (bytes / table_len).max(4);
+        let capacity = (bytes / table_len).max(2);
         Self { table_len, capacity, slots: RefCell::default(), clock: Cell::new(0) }
     }
 

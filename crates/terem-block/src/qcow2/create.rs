@@ -1,7 +1,5 @@
 //! New, empty images.
 
-use std::fs;
-use std::io;
 use std::os::unix::fs::FileExt;
 
 use terem_crypt::{FileArea, Luks1Options, format_luks1};
@@ -14,21 +12,29 @@ use super::refcount::RefcountFormat;
 use crate::engine::View;
 use crate::extent::ExtentKind;
 use crate::file::to_usize;
-use crate::{IoError, Passphrase};
+use crate::format::NewImage;
+use crate::{IoError, OpenError, Passphrase};
 
-/// Writes an empty image into an empty file; `header` says everything but where the tables are. With `luks` its data will
-/// be encrypted. `Err` with a text says what does not fit.
+/// Writes an empty image; `header` says everything but where the tables are. With `luks` its data will be encrypted.
+///
+/// # Errors
+/// What does not fit, or could not be written.
 pub(crate) fn write_new(
-    file: &fs::File,
+    new: &NewImage<'_>,
     mut header: Header,
     luks: Option<(Luks1Options, &Passphrase)>,
-) -> io::Result<Result<(), String>> {
+) -> Result<(), OpenError> {
+    let limit = |what| OpenError::Limit { path: new.path.to_owned(), what };
+    let write = |bytes: &[u8], at| {
+        let written = new.file.write_all_at(bytes, at);
+        written.map_err(|e| OpenError::io(new.path, "writing the new image", e))
+    };
     let cluster = header.cluster_size();
     let l1_entries = header.l1_needed(header.size);
     if l1_entries * 8 > MAX_L1_BYTES {
         let max = u128::from(MAX_L1_BYTES / 8) << (header.l2_format().table_bits() + header.cluster_bits);
         let size = header.size;
-        return Ok(Err(format!("{size} bytes are too much for clusters of {cluster} (at most {max})")));
+        return Err(limit(format!("{size} bytes are too much for clusters of {cluster} (at most {max})")));
     }
     // Cluster 0 is the header; then the refcount table, its blocks, the L1 table, the LUKS header.
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
@@ -51,30 +57,26 @@ pub(crate) fn write_new(
         header.crypt_method = LUKS;
         header.crypt_header = Some(((1 + table + blocks + l1_clusters) * cluster, luks_length));
     }
-    let head = match header.encode() {
-        Ok(head) => head,
-        Err(what) => return Ok(Err(what)),
-    };
+    let head = header.encode().map_err(limit)?;
 
     // Refcounts first, the header last: until then it is no image.
-    file.set_len(used * cluster)?;
+    new.set_len(used * cluster, used * cluster)?;
     let mut ones = vec![0; to_usize(blocks * cluster)];
     for i in 0..used {
         let (block, index) = counts.place(i);
         let at = to_usize(block * cluster);
         counts.set(&mut ones[at..at + to_usize(cluster)], index, 1);
     }
-    file.write_all_at(&ones, (1 + table) * cluster)?;
+    write(&ones, (1 + table) * cluster)?;
     let entries: Vec<u8> = (0..blocks).flat_map(|i| ((1 + table + i) * cluster).to_be_bytes()).collect();
-    file.write_all_at(&entries, cluster)?;
+    write(&entries, cluster)?;
     if let Some(((options, passphrase), (offset, length))) = luks.zip(header.crypt_header) {
-        let area = FileArea::new(file, offset, length);
+        let area = FileArea::new(new.file, offset, length);
         if let Err(error) = format_luks1(&area, &options, passphrase) {
-            return Ok(Err(error.to_string()));
+            return Err(limit(error.to_string()));
         }
     }
-    file.write_all_at(&head, 0)?;
-    Ok(Ok(()))
+    write(&head, 0)
 }
 
 impl Qcow2 {

@@ -64,9 +64,9 @@ impl Qcow2 {
         let written = header.backing.as_deref().map(|name| (name, header.backing_format.as_deref()));
         let backing = opening.open_below(written)?;
         let crypt = DataCrypt::open(&opening, tables.header())?;
-        let options = opening.options;
+        let (discard, cache) = (opening.options.discard, opening.table_cache());
         let data = opening.data_file(tables.header())?;
-        Ok(Self::new(opening.storage()?, data, tables, backing, tracking, crypt, options))
+        Ok(Self::new(opening.storage()?, data, tables, backing, tracking, crypt, (discard, cache)))
     }
 }
 
@@ -227,7 +227,7 @@ fn create(new: &NewImage<'_>) -> Result<(), OpenError> {
         }
         false => None,
     };
-    write_new(file, header, luks).map_err(fail)?.map_err(limit)?;
+    write_new(new, header, luks)?;
     if options.preallocation == Preallocation::Off && !options.qcow2.data_file_raw {
         return Ok(());
     }

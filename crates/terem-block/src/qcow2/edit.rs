@@ -2,7 +2,7 @@
 //!
 //! The new tables are written beside the old ones, where nothing refers to; all references are counted anew, and new
 //! refcounts are written for them; then one write of the header's first sector switches from the old tables to the
-//! new. A power cut leaves the image as it was, or as it is to be. Data is never moved.
+//! new (`switch.rs`). A power cut leaves the image as it was, or as it is to be. Data is never moved.
 //!
 //! "Copied" flags follow from the counts: an L2 table of the active image in which one is wrong gets a copy.
 
@@ -12,6 +12,7 @@ use super::entry::{COPIED, Entry, L2Format, Mapping, OFFSET};
 use super::header::{BITMAPS, CORRUPT, DIRTY, Header, MAX_L1_BYTES, RAW_EXTERNAL};
 use super::refcount::RefcountFormat;
 use super::snapshot::{Snapshot, encode_snapshots};
+use super::switch::write_header;
 use super::tables::{Tables, entries};
 use crate::OpenError;
 use crate::chain::ImageFile;
@@ -147,17 +148,68 @@ impl<'a> Edit<'a> {
         self.header.incompatible &= !(DIRTY | if self.repair { CORRUPT } else { 0 });
         let bitmaps = if self.bitmaps.is_empty() { 0 } else { BITMAPS };
         self.header.autoclear = self.header.autoclear & RAW_EXTERNAL | bitmaps;
-        let header = self.header.encode().map_err(|what| self.limit(what))?;
-        self.image.write(0, &header)?;
-        self.image.sync()?;
+        write_header(self.image, &self.header)?;
         self.give_back(&counts, end)
     }
 
     /// Changes the header only.
     pub(crate) fn commit_header(self) -> Result<(), OpenError> {
-        let header = self.header.encode().map_err(|what| self.limit(what))?;
-        self.image.write(0, &header)?;
-        self.image.sync()
+        write_header(self.image, &self.header)
+    }
+
+    /// Lets nothing refer to clusters that the file does not have. They read as zeroes, and do so from now on by their
+    /// entries; in version 2, which has no such entries, as what is below.
+    pub(super) fn drop_what_is_not_there(&mut self) -> Result<(), OpenError> {
+        let mut trees = vec![std::mem::take(&mut self.l1)];
+        for snapshot in &self.snapshots {
+            trees.push(read_l1(self.image, snapshot.l1_offset, snapshot.l1_size)?);
+        }
+        for (number, mut l1) in trees.into_iter().enumerate() {
+            let mut changed = false;
+            for entry in &mut l1 {
+                let offset = *entry & OFFSET;
+                if offset == 0 {
+                    continue;
+                }
+                let there = offset.is_multiple_of(self.header.cluster_size())
+                    && offset + self.header.cluster_size() <= self.image.len();
+                let right = if there { self.only_what_is_there(offset)? } else { Some(Vec::new()) };
+                if let Some(table) = right {
+                    *entry = if table.is_empty() { 0 } else { self.put_l2(&table)? };
+                    changed = true;
+                }
+            }
+            if number == 0 {
+                self.l1 = l1;
+            } else if changed {
+                let table: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+                self.snapshots[number - 1].l1_offset = self.put(&table)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The L2 table at `offset` without what is not in the file; `None` when all is.
+    fn only_what_is_there(&self, offset: u64) -> Result<Option<Vec<Entry>>, OpenError> {
+        let format = self.header.l2_format();
+        let mut table = self.l2(offset)?;
+        let mut changed = false;
+        for entry in &mut table {
+            let gone = match format.decode(*entry) {
+                Ok(cluster) => {
+                    let (first, count) = cluster.host_clusters(format.cluster_bits);
+                    count > 0 && first + count > self.before as u64 && !format.external
+                }
+                // Nobody can say what was there.
+                Err(_) => true,
+            };
+            if gone {
+                let zero = self.header.version >= 3 && self.header.backing.is_some();
+                *entry = if zero { format.zero(None) } else { Entry::default() };
+                changed = true;
+            }
+        }
+        Ok(changed.then_some(table))
     }
 
     fn put_directories(&mut self) -> Result<(), OpenError> {

@@ -2,6 +2,7 @@
 
 use super::entry::L2Format;
 use crate::chain::ImageFile;
+use crate::file::to_usize;
 use crate::{Compression, OpenError};
 
 /// "QFI\xfb", the first bytes of a qcow2 image.
@@ -12,7 +13,7 @@ const V2_LENGTH: u32 = 72;
 /// Shortest header of version 3.
 const V3_LENGTH: u32 = 104;
 /// What storage writes whole or not at all.
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 /// Longest backing file name, in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
 /// Limits of tables that are kept in memory, in bytes or entries; the same as QEMU's, so that whatever it
@@ -341,29 +342,49 @@ impl Header {
         }
     }
 
-    /// The bytes of the first cluster's beginning: header, extensions, backing file name.
+    /// The bytes of the first cluster's beginning: header, extensions, backing file name; for a new image.
     ///
     /// # Errors
     /// What does not fit into the first cluster.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, String> {
-        let with_all = self.encode_with(&self.other_extensions);
-        // What changes must lie in one sector, which storage writes whole or not at all. The table of feature names,
-        // which is only for messages, gives way.
-        let rest: Vec<_> =
-            self.other_extensions.iter().filter(|e| e.0 != EXT_FEATURE_NAMES).cloned().collect();
-        let bytes = if with_all.len() > SECTOR { self.encode_with(&rest) } else { with_all };
+        self.check_name()?;
+        let cluster = self.cluster_size();
+        // The table of feature names, which is only for messages, gives way.
+        let forms = [true, false].map(|names| self.encode_with(names, None));
+        let fits = forms.into_iter().find(|bytes| bytes.len() as u64 <= cluster);
+        fits.ok_or_else(|| format!("the backing file's name is too long for clusters of {cluster} bytes"))
+    }
+
+    pub(super) fn check_name(&self) -> Result<(), String> {
         let name = self.backing.as_ref().map_or(0, String::len);
         if name > MAX_BACKING_NAME as usize {
             return Err(format!("a backing file name of {name} bytes; {MAX_BACKING_NAME} are allowed"));
         }
-        if bytes.len() as u64 > self.cluster_size() {
-            let what = "the backing file's name is too long for clusters";
-            return Err(format!("{what} of {} bytes", self.cluster_size()));
-        }
-        Ok(bytes)
+        Ok(())
     }
 
-    fn encode_with(&self, other_extensions: &[(u32, Vec<u8>)]) -> Vec<u8> {
+    /// Whether it can have a table of feature names.
+    pub(super) fn has_feature_names(&self) -> bool {
+        self.version >= 3
+    }
+
+    /// Everything up to the end of the backing file's name, which is at `name_at`, or right behind the rest.
+    /// `feature_names`: with the table of them.
+    pub(super) fn encode_with(&self, feature_names: bool, name_at: Option<u64>) -> Vec<u8> {
+        let mut bytes = self.fields_and_extensions(feature_names);
+        if let Some(name) = &self.backing {
+            let at = name_at.unwrap_or(bytes.len() as u64);
+            bytes[8..16].copy_from_slice(&at.to_be_bytes());
+            bytes[16..20].copy_from_slice(&u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
+            bytes.resize(bytes.len().max(to_usize(at)), 0);
+            bytes.extend(name.bytes());
+        }
+        bytes
+    }
+
+    /// Everything but the backing file's name. What changes while an image is in use comes first, the table of feature
+    /// names last.
+    pub(super) fn fields_and_extensions(&self, feature_names: bool) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(SECTOR);
         bytes.extend(QCOW_MAGIC);
         bytes.extend(self.version.to_be_bytes());
@@ -413,18 +434,38 @@ impl Header {
             data.extend(offset.to_be_bytes());
             extend(EXT_BITMAPS, &data);
         }
-        for (kind, data) in other_extensions {
+        for (kind, data) in self.other_extensions.iter().filter(|e| e.0 != EXT_FEATURE_NAMES) {
             extend(*kind, data);
         }
-        extend(0, &[]);
-        if let Some(name) = &self.backing {
-            let at = bytes.len() as u64;
-            bytes[8..16].copy_from_slice(&at.to_be_bytes());
-            bytes[16..20].copy_from_slice(&u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
-            bytes.extend(name.bytes());
+        if feature_names && self.has_feature_names() {
+            let theirs = self.other_extensions.iter().find(|e| e.0 == EXT_FEATURE_NAMES);
+            let table = theirs.map_or_else(feature_name_table, |(_, table)| table.clone());
+            extend(EXT_FEATURE_NAMES, &table);
         }
+        extend(0, &[]);
         bytes
     }
+}
+
+/// The table of feature names (specification, "Feature name table"): type, bit and 46 bytes of name each.
+fn feature_name_table() -> Vec<u8> {
+    const NAMES: [(u8, u64, &str); 8] = [
+        (0, DIRTY, "dirty bit"),
+        (0, CORRUPT, "corrupt bit"),
+        (0, EXTERNAL_DATA, "external data file"),
+        (0, COMPRESSION, "compression type"),
+        (0, EXTENDED_L2, "extended L2 entries"),
+        (1, LAZY_REFCOUNTS, "lazy refcounts"),
+        (2, BITMAPS, "bitmaps"),
+        (2, RAW_EXTERNAL, "raw external data"),
+    ];
+    let mut table = Vec::with_capacity(NAMES.len() * 48);
+    for (kind, bit, name) in NAMES {
+        table.extend([kind, u8::try_from(bit.trailing_zeros()).unwrap_or(u8::MAX)]);
+        table.extend(name.as_bytes());
+        table.resize(table.len().next_multiple_of(48), 0);
+    }
+    table
 }
 
 /// The extensions after a header of `length` bytes: type and data. Stops at the first that does not fit.

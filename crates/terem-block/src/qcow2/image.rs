@@ -13,10 +13,10 @@ use super::metadata::MetadataMap;
 use super::refcount::RefcountFormat;
 use super::tables::Tables;
 use super::tracking::Tracking;
+use crate::IoError;
 use crate::file::File;
 use crate::node::Node;
 use crate::range_lock::RangeLock;
-use crate::{IoError, OpenOptions};
 
 /// Host clusters, each of which has one reference less.
 #[derive(Debug, Clone, Copy)]
@@ -91,21 +91,21 @@ impl Qcow2 {
         backing: Option<Node>,
         tracking: Tracking,
         crypt: Option<DataCrypt>,
-        options: &OpenOptions,
+        (discard, table_cache): (bool, usize),
     ) -> Self {
         let metadata = MetadataMap::new(&tables);
         let Tables { header, l1, reftable, .. } = tables;
         let cluster = header.cluster_size();
         Self {
-            discard: options.discard,
+            discard,
             l1: RefCell::new(l1),
             l1_dirty: RefCell::default(),
-            l2: TableCache::new(cluster, options.table_cache),
+            l2: TableCache::new(cluster, table_cache),
             counts: RefcountFormat::new(header.refcount_order, header.cluster_bits),
             reftable: RefCell::new(reftable),
             reftable_dirty: RefCell::default(),
             reftable_offset: Cell::new(header.reftable_offset),
-            blocks: TableCache::new(cluster, options.table_cache / 4),
+            blocks: TableCache::new(cluster, table_cache / 4),
             first_free: Cell::new(0),
             packing: Cell::new(0),
             dropped: RefCell::default(),

@@ -367,7 +367,11 @@ pub(crate) fn set_backing(image: &mut ImageFile, backing: Option<&BackingFile>) 
 
 /// Repairs refcounts, and with `all` also tables with nonsense in them.
 pub(crate) fn repair(image: &mut ImageFile, all: bool) -> Result<(), OpenError> {
-    Edit::begin(image, all)?.commit()
+    let mut edit = Edit::begin(image, all)?;
+    if all {
+        edit.drop_what_is_not_there()?;
+    }
+    edit.commit()
 }
 
 /// What is wrong with an image.

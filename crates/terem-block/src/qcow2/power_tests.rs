@@ -200,3 +200,43 @@ fn with_changes_of_the_image() {
         cut_power_of(&image, |image| set_backing(image, None, Some(&base)).expect("set"));
     }
 }
+
+/// With a name of the backing file that has no room in the header's sector.
+#[test]
+fn with_long_names() {
+    use crate::{BitmapAction, SnapshotAction, bitmap, set_backing, snapshot};
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("image.qcow2");
+    for base in ["a.raw", "b.raw"] {
+        fs::write(dir.path().join(base), vec![INITIAL; 4096]).expect("written");
+    }
+    let named = |base: &str, dots: usize| BackingFile {
+        path: format!("{}{base}", "./".repeat(dots)).into(),
+        format: Format::Raw,
+    };
+    for cluster_size in [4096, 65536] {
+        let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+        let backing = Some(named("a.raw", 300));
+        let options =
+            CreateOptions { qcow2, backing, overwrite: true, ..CreateOptions::new(Format::Qcow2, SIZE) };
+        create(&image, &options).expect("made");
+        let has_names =
+            || fs::read(&image).expect("read")[..4096].windows(9).any(|part| part == b"dirty bit");
+        assert!(has_names());
+        scribble(&image, 1);
+        for (base, dots) in [("b.raw", 508), ("a.raw", 508), ("b.raw", 190), ("a.raw", 1), ("b.raw", 250)] {
+            let set = |image: &Path| set_backing(image, None, Some(&named(base, dots))).expect("set");
+            cut_power_of(&image, set);
+            assert!(has_names(), "{base} {dots}");
+        }
+        cut_power_of(&image, |image| snapshot(image, None, SnapshotAction::Create("s1")).expect("done"));
+        let add = BitmapAction::Add { granularity: 4096, enabled: true };
+        cut_power_of(&image, |image| bitmap(image, None, "b", &[add]).expect("added"));
+        cut_power_of(&image, |image| set_backing(image, None, Some(&named("a.raw", 400))).expect("set"));
+        cut_power_of(&image, |image| bitmap(image, None, "b", &[BitmapAction::Remove]).expect("removed"));
+        cut_power_of(&image, |image| set_backing(image, None, None).expect("set"));
+        assert!(has_names());
+        let seen = Command::new("qemu-img").args(["check", "-q"]).arg(&image).status();
+        assert!(seen.expect("qemu-img is needed for this test").success());
+    }
+}

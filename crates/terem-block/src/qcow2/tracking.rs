@@ -13,7 +13,7 @@ use crate::chain::ImageFile;
 use crate::file::to_usize;
 use crate::{IoError, OpenError};
 
-/// Most bytes of all bitmaps that are followed; those beyond stay marked as in use.
+/// Most bytes of the bits of all bitmaps that are followed; those that do not fit stay marked as in use.
 const MAX_BYTES: u64 = 64 << 20;
 
 /// The bits of one bitmap.
@@ -56,10 +56,10 @@ impl Tracking {
             let follows = bitmap.flags & AUTO != 0 && bitmap.flags & IN_USE == 0;
             let bytes = bitmap.bits(header.size).div_ceil(8);
             let entries = bitmap.entries(header.size, header.cluster_size());
-            total += if follows { bytes } else { 0 };
-            if !follows || total > MAX_BYTES || entries != bitmap.table.len() as u64 {
+            if !follows || total + bytes > MAX_BYTES || entries != bitmap.table.len() as u64 {
                 continue;
             }
+            total += bytes;
             let bits = bitmap.load(image, header.size, header.cluster_size())?;
             let changed = vec![false; bitmap.table.len()];
             tracked.push(Tracked { index, granularity_bits: bitmap.granularity_bits, bits, changed });

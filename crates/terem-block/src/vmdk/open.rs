@@ -95,7 +95,7 @@ pub(super) fn open(mut opening: Opening<'_>) -> Result<Vmdk, OpenError> {
     let mut pieces = Vec::new();
     let lines = head.extents();
     let sparse = lines.iter().filter(|line| line.kind == ExtentKind::Sparse).count();
-    let memory = opening.options.table_cache / sparse.max(1);
+    let memory = opening.table_cache() / sparse.max(1);
     let mut start: u64 = 0;
     for line in lines {
         let (part, size) = open_extent(&mut opening, line, memory)?;

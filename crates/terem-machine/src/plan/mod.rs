@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use terem_config::{
     AccelKind, CharConfig, DirectPrograms, DiskConfig, GdbConfig, MachineConfig, NetBackendConfig, NetConfig,
-    TraceConfig,
+    ThrottleConfig, TraceConfig,
 };
 use terem_cpu::ModelError;
 
@@ -110,6 +110,9 @@ pub struct DiskPlan {
     pub guest_name: String,
     /// Virtio queues.
     pub queues: u16,
+    /// What it may do in a second; shared with its `throttle_group`.
+    #[serde(skip_serializing_if = "ThrottleConfig::is_none")]
+    pub throttle: ThrottleConfig,
     /// What was asked for.
     pub config: DiskConfig,
 }
@@ -314,6 +317,7 @@ impl Devices {
                 address: slots.take()?,
                 guest_name: disk_name(i),
                 queues: disk.queues.unwrap_or(queues),
+                throttle: *config.throttle_of(disk),
                 config: disk.clone(),
             });
         }

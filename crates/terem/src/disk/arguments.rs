@@ -216,6 +216,9 @@ pub enum DiskCommand {
         /// Past the host's page cache.
         #[arg(long)]
         direct: bool,
+        /// Limits, as `terem run --disk` takes them: bps=20M,iops=500,iops-max=2000,iops-max-length=60 …
+        #[arg(long, value_name = "LIMIT[,LIMIT…]")]
+        throttle: Option<String>,
     },
     /// Serve images over NBD, the network block device protocol.
     #[command(after_help = SERVE_EXAMPLES)]

@@ -8,8 +8,8 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::{print, print_json};
 use terem_block::{
-    BackingFile, BitmapAction, CommitOptions, OpenOptions, Preallocation, Qcow2Info, Rebase, SnapshotAction,
-    bitmap, snapshot,
+    BackingFile, BitmapAction, CommitOptions, OpenError, OpenOptions, Preallocation, Qcow2Info, Rebase,
+    SnapshotAction, bitmap, snapshot,
 };
 use terem_config::ByteSize;
 
@@ -25,7 +25,16 @@ pub fn run(command: &DiskCommand) -> Result<Exit, Failure> {
             let how = CommitOptions { empty: !keep, rate: None };
             let result = terem_block::commit(&image.path, &open(image), base.as_deref(), how, &mut tell);
             drop(progress);
-            result.map_err(|error| failed("commit", &image.path, &error))?;
+            result.map_err(|error| match error {
+                OpenError::Cancelled => {
+                    let path = image.path.display();
+                    Failure::host(format!(
+                        "cannot commit {path}: stopped; the image still has everything, its backing file has a part of it"
+                    ))
+                    .exit(Exit::Stopped)
+                }
+                error => failed("commit", &image.path, &error),
+            })?;
             Ok(Exit::Success)
         }
         DiskCommand::Rebase { image, backing, backing_format, r#unsafe } => {
@@ -64,7 +73,10 @@ fn resize(image: &Image, shrink: bool, size: &str) -> Result<Exit, Failure> {
     };
     terem_block::resize(&image.path, image.format, new, shrink, Preallocation::Off).map_err(|error| {
         let failure = failed("resize", &image.path, &error);
-        if shrink { failure } else { failure.hint("--shrink allows it to become smaller") }
+        match error {
+            OpenError::WouldShrink { .. } => failure.hint("--shrink allows it to become smaller"),
+            _ => failure,
+        }
     })?;
     Ok(Exit::Success)
 }

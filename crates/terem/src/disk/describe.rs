@@ -22,11 +22,12 @@ pub fn describe(info: &ImageInfo) -> String {
             Some(luks) => {
                 let slots: Vec<_> = luks.slots.iter().map(|slot| slot.slot.to_string()).collect();
                 format!(
-                    "encryption    LUKS {}, {}, {} bits, sectors of {}\nkey slots     {}\n",
+                    "encryption    LUKS {}, {}, {} bits, sectors of {}\nkey slots     {} in use: {}\n",
                     luks.version,
                     luks.cipher,
                     luks.key_bits,
                     luks.sector_size,
+                    slots.len(),
                     slots.join(", ")
                 )
             }

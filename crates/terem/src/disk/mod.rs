@@ -20,9 +20,10 @@ pub use progress::Progress;
 use std::path::Path;
 use terem_block::{
     BackingFile, BackingPolicy, BenchOptions, Cache, CheckReport, Comparison, ConvertOptions, CreateOptions,
-    Difference, Disk, Format, ImageInfo, Keys, Measure, OpenError, OpenOptions, Repair,
+    Difference, Disk, Format, ImageInfo, Keys, Measure, OpenError, OpenOptions, Repair, ThrottleLimits,
 };
-use terem_config::ByteSize;
+use terem_config::{ByteSize, ThrottleConfig, from_key_values};
+use terem_machine::throttle_limits;
 
 /// Carries out a command.
 pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
@@ -93,7 +94,7 @@ pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
             let name = path.as_deref().unwrap_or(Path::new("a new image"));
             show_measure(&measured.map_err(|error| failed("measure", name, &error))?, *json)
         }
-        DiskCommand::Bench { image, count, depth, size, step, write, flush_interval, direct } => {
+        DiskCommand::Bench { image, count, depth, size, step, write, flush_interval, direct, throttle } => {
             let length = usize::try_from(size.bytes()).unwrap_or(usize::MAX).min(1 << 30);
             let options = BenchOptions {
                 count: *count,
@@ -103,6 +104,7 @@ pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
                 step: step.map_or(length as u64, ByteSize::bytes),
                 write: *write,
                 flush_interval: *flush_interval,
+                limits: limits(throttle.as_deref())?,
             };
             let cache = if *direct { Cache::Direct } else { Cache::Writeback };
             let open = OpenOptions { format: image.format, cache, ..tool_options() };
@@ -112,6 +114,15 @@ pub fn run(arguments: &DiskArguments) -> Result<Exit, Failure> {
         }
         command => change::run(command),
     }
+}
+
+/// The limits that were given as text.
+fn limits(text: Option<&str>) -> Result<ThrottleLimits, Failure> {
+    let wrong = |error: &dyn std::fmt::Display| Failure::configuration(format!("--throttle: {error}"));
+    let config = text.map(from_key_values::<ThrottleConfig>).transpose().map_err(|error| wrong(&error))?;
+    let limits = throttle_limits(&config.unwrap_or_default());
+    limits.check().map_err(|error| wrong(&error))?;
+    Ok(limits)
 }
 
 /// How images are opened whose chains the user names on the command line.
@@ -169,8 +180,9 @@ fn info(image: &Image, chain: bool, json: bool) -> Result<Exit, Failure> {
     if chain {
         let open = OpenOptions { format: image.format, lock: false, read_only: true, ..tool_options() };
         let below = Disk::open(&image.path, &open).map_err(|error| failed("read", &image.path, &error))?;
-        for path in &below.facts().backing {
-            infos.push(read(path, None)?);
+        let facts = below.facts();
+        for (path, format) in facts.backing.iter().zip(&facts.backing_formats) {
+            infos.push(read(path, Some(*format))?);
         }
     }
     match (json, chain) {

@@ -7,88 +7,51 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::OnceLock;
 use terem_block::{Keys, Passphrase};
+use terem_config::{ImagePassphrase, PassphraseSource as Source};
 
-/// Where a passphrase comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
-    /// All bytes of a file.
-    File(std::path::PathBuf),
-    /// All bytes that can be read from an inherited descriptor.
-    Descriptor(u32),
-    /// What the user types.
-    Ask,
-}
-
-impl FromStr for Source {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || "file:PATH, fd:NUMBER or ask; a passphrase itself is not taken from here".to_owned();
-        match text.split_once(':') {
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("fd", number)) => number.parse().map(Self::Descriptor).map_err(|_| wrong()),
-            None if text == "ask" => Ok(Self::Ask),
-            _ => Err(wrong()),
+/// Reads a passphrase; `what` says to the user which one. A new one is asked for twice.
+fn read(source: &Source, what: &str, new: bool) -> Result<Passphrase, Failure> {
+    let failed =
+        |from: String, e: std::io::Error| Failure::host(format!("cannot read a passphrase from {from}: {e}"));
+    match source {
+        Source::File(path) => {
+            let mut file = File::open(path).map_err(|e| failed(path.display().to_string(), e))?;
+            Passphrase::read(&mut file).map_err(|e| failed(path.display().to_string(), e))
         }
-    }
-}
-
-/// A source, for one image or for all.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ForImage {
-    image: Option<std::path::PathBuf>,
-    source: Source,
-}
-
-impl FromStr for ForImage {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(source) = text.parse() {
-            return Ok(Self { image: None, source });
+        Source::Descriptor(number) => {
+            // Opening it again needs no descriptor to be taken from whoever may own it.
+            let path = format!("/proc/self/fd/{number}");
+            let mut file = File::open(&path).map_err(|e| failed(format!("descriptor {number}"), e))?;
+            Passphrase::read(&mut file).map_err(|e| failed(format!("descriptor {number}"), e))
         }
-        match text.split_once('=') {
-            Some((image, source)) if !image.is_empty() => {
-                Ok(Self { image: Some(image.into()), source: source.parse()? })
-            }
-            _ => text.parse().map(|source| Self { image: None, source }),
-        }
-    }
-}
-
-impl Source {
-    /// Reads the passphrase; `what` says to the user which one. A new one is asked for twice.
-    pub fn read(&self, what: &str, new: bool) -> Result<Passphrase, Failure> {
-        let failed = |from: String, e: std::io::Error| {
-            Failure::host(format!("cannot read a passphrase from {from}: {e}"))
-        };
-        match self {
-            Self::File(path) => {
-                let mut file = File::open(path).map_err(|e| failed(path.display().to_string(), e))?;
-                Passphrase::read(&mut file).map_err(|e| failed(path.display().to_string(), e))
-            }
-            Self::Descriptor(number) => {
-                // Opening it again needs no descriptor to be taken from whoever may own it.
-                let path = format!("/proc/self/fd/{number}");
-                let mut file = File::open(&path).map_err(|e| failed(format!("descriptor {number}"), e))?;
-                Passphrase::read(&mut file).map_err(|e| failed(format!("descriptor {number}"), e))
-            }
-            Self::Ask => {
-                let first = ask(what).map_err(|e| failed("the terminal".into(), e))?;
-                if new {
-                    let again =
-                        ask(&format!("{what}, again")).map_err(|e| failed("the terminal".into(), e))?;
-                    if again != first {
-                        return Err(Failure::configuration("the two passphrases are not the same"));
-                    }
+        Source::Ask => {
+            let first = ask(what).map_err(|e| failed("the terminal".into(), e))?;
+            if new {
+                let again = ask(&format!("{what}, again")).map_err(|e| failed("the terminal".into(), e))?;
+                if again != first {
+                    return Err(Failure::configuration("the two passphrases are not the same"));
                 }
-                Ok(first)
             }
+            Ok(first)
         }
     }
+}
+
+/// Reads the passphrases of a disk and of the images below it; `name` is the disk's for the user.
+pub fn read_keys(sources: &[ImagePassphrase], name: &str) -> Result<Keys, Failure> {
+    let mut keys = Keys::default();
+    for one in sources.iter().filter(|one| one.image.is_none()) {
+        let what = if name.is_empty() { "Passphrase".into() } else { format!("Passphrase of {name}") };
+        keys = Keys::every(read(&one.source, &what, false)?);
+    }
+    for one in sources {
+        if let Some(image) = &one.image {
+            keys.set(image, read(&one.source, &format!("Passphrase of {}", image.display()), false)?);
+        }
+    }
+    Ok(keys)
 }
 
 /// Asks on the terminal, without showing what is typed.
@@ -143,7 +106,7 @@ pub struct Passphrases {
     /// Where the passphrase of an encrypted image comes from: all bytes of a file or an inherited descriptor, or the
     /// terminal. With IMAGE= for that image only, such as a backing file; can be repeated.
     #[arg(long, global = true, value_name = "[IMAGE=]file:PATH|fd:NUMBER|ask")]
-    passphrase: Vec<ForImage>,
+    passphrase: Vec<ImagePassphrase>,
     /// The same for the passphrase of a new image or key slot.
     #[arg(long, global = true, value_name = "file:PATH|fd:NUMBER|ask")]
     new_passphrase: Option<Source>,
@@ -157,15 +120,7 @@ static KEYS: OnceLock<Keys> = OnceLock::new();
 impl Passphrases {
     /// Reads the passphrases of images that are there, for [`keys`].
     pub fn load(&self) -> Result<(), Failure> {
-        let mut keys = Keys::default();
-        for one in self.passphrase.iter().filter(|one| one.image.is_none()) {
-            keys = Keys::every(one.source.read("Passphrase", false)?);
-        }
-        for one in &self.passphrase {
-            if let Some(image) = &one.image {
-                keys.set(image, one.source.read(&format!("Passphrase of {}", image.display()), false)?);
-            }
-        }
+        let mut keys = read_keys(&self.passphrase, "")?;
         for text in &self.luks_header {
             let (image, header) = text.split_once('=').ok_or_else(|| {
                 Failure::configuration(format!("--luks-header {text}: no image")).hint("IMAGE=FILE")
@@ -180,7 +135,7 @@ impl Passphrases {
     pub fn new_passphrase(&self, what: &str) -> Result<Option<Passphrase>, Failure> {
         self.new_passphrase
             .as_ref()
-            .map(|source| source.read(&format!("New passphrase of {what}"), true))
+            .map(|source| read(source, &format!("New passphrase of {what}"), true))
             .transpose()
     }
 
@@ -191,7 +146,7 @@ impl Passphrases {
         let one = own.or(every).ok_or_else(|| {
             Failure::configuration(format!("{}: its passphrase is missing", path.display())).hint(HINT)
         })?;
-        one.source.read(&format!("Passphrase of {}", path.display()), false)
+        read(&one.source, &format!("Passphrase of {}", path.display()), false)
     }
 }
 
@@ -201,25 +156,4 @@ pub const HINT: &str = "--passphrase file:PATH, --passphrase fd:NUMBER, or --pas
 /// The passphrases that the command line gave.
 pub fn keys() -> Keys {
     KEYS.get().cloned().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sources() {
-        assert_eq!("file:/a=b".parse(), Ok(Source::File("/a=b".into())));
-        assert_eq!("fd:3".parse(), Ok(Source::Descriptor(3)));
-        assert_eq!("ask".parse(), Ok(Source::Ask));
-        for wrong in ["", "secret", "file:", "fd:x", "pass:secret"] {
-            let error = wrong.parse::<Source>().unwrap_err();
-            assert!(!error.contains("secret"), "{error}");
-        }
-        let image = "base.qcow2=fd:3".parse::<ForImage>().unwrap();
-        assert_eq!(image, ForImage { image: Some("base.qcow2".into()), source: Source::Descriptor(3) });
-        let every = "file:/a=b".parse::<ForImage>().unwrap();
-        assert_eq!(every, ForImage { image: None, source: Source::File("/a=b".into()) });
-        assert!("base.qcow2=secret".parse::<ForImage>().is_err());
-    }
 }

@@ -146,6 +146,7 @@ pub fn bench(arguments: &arguments::Bench) -> Outcome {
         step,
         write: arguments.write.then_some(pattern),
         flush_interval,
+        ..BenchOptions::default()
     };
     if !arguments.common.quiet {
         let verb = if arguments.write { "write" } else { "read" };

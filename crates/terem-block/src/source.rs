@@ -370,7 +370,9 @@ fn format_node(tree: &mut Tree, format: Format, mut source: Source, depth: usize
         }
         return Ok(source);
     }
-    below(tree, &mut source, depth)?;
+    if matches!(format, Format::Qcow2 | Format::Vmdk) {
+        below(tree, &mut source, depth)?;
+    }
     Ok(source)
 }
 
@@ -613,6 +615,7 @@ mod tests {
             (r#"json:{"driver":"raw","offset":"x","file.filename":"a"}"#, "number of bytes"),
             (r#"json:{"driver":"raw","file":{"driver":"qcow2","file.filename":"a"}}"#, "copy the inner one"),
             (r#"json:{"driver":"nbd"}"#, "one of path and host"),
+            (r#"json:{"driver":"vdi","file.filename":"a","backing":{"filename":"b"}}"#, "'backing.filename'"),
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(part), "{text}: {error}");

@@ -78,13 +78,13 @@ pub(super) fn open(mut opening: Opening<'_>) -> Result<Vmdk, OpenError> {
     let path = opening.image.path().to_owned();
     let backing = match &head.descriptor {
         Some((Descriptor { parent: Some(name), parent_cid, .. }, _)) => {
-            let node = opening.open_backing(name, Some("vmdk"))?;
-            let found = node.of::<Vmdk>().and_then(Vmdk::content_id);
-            if found != Some(*parent_cid) {
+            let node = opening.open_below(Some((name, Some("vmdk"))))?;
+            let found = node.as_ref().and_then(|node| node.of::<Vmdk>()).and_then(Vmdk::content_id);
+            if node.is_some() && found != Some(*parent_cid) {
                 let what = "its parent was written since this image was made on it";
                 return Err(OpenError::corrupt(&path, what));
             }
-            Some(node)
+            node
         }
         _ => None,
     };

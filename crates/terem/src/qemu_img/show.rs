@@ -212,7 +212,9 @@ impl Seen {
                 seen.data |= seen.host.is_some();
             }
             Some(Format::Vmdk) => seen.data |= seen.host.is_some(),
-            _ => {}
+            // An export: as a raw file.
+            None => seen.host = Some(extent.offset),
+            Some(_) => {}
         }
         seen
     }

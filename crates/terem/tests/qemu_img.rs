@@ -220,3 +220,105 @@ fn images_are_changed() {
         assert!(Path::new(&side.path("top")).exists());
     }
 }
+
+#[test]
+fn options_of_copies_do_what_they_say() {
+    let both = Both::new();
+    both.run(0, "create -q -f raw a 1M");
+    both.run(0, "create -q -f raw b 512k");
+    for side in &both.0 {
+        for (name, command) in [("a", "write -P 1 100k 300k"), ("b", "write -P 2 0 64k")] {
+            let io = Command::new("qemu-io").args(["-f", "raw", "-c", command]).arg(side.path(name)).output();
+            assert!(io.unwrap().status.success());
+        }
+    }
+    for (name, how) in [
+        ("joined", "-f raw -O qcow2 a b a"),
+        ("joined.vdi", "-O vdi a b"),
+        ("offloaded", "-C -O raw a"),
+        ("full", "-S 0 -O raw b"),
+        ("full.qcow2", "-S 0 -O qcow2 b"),
+        ("slow", "-r 100M -m 3 -W -O qcow2 a"),
+        ("salvaged", "--salvage -O raw a"),
+        ("part", "-O raw --image-opts driver=raw,offset=64k,size=128k,file.filename=a"),
+        ("tree", r#"-O qcow2 json:{"driver":"raw","offset":65536,"file":{"driver":"file","filename":"a"}}"#),
+    ] {
+        both.run(0, &format!("convert {how} {name}"));
+        both.same_contents(name);
+    }
+    for side in &both.0 {
+        let [a, b] = ["a", "b"].map(|name| std::fs::read(side.path(name)).unwrap());
+        side.run(&["convert", "-O", "raw", "joined", "joined.raw"]);
+        assert!(std::fs::read(side.path("joined.raw")).unwrap() == [a.clone(), b, a].concat());
+        use std::os::unix::fs::MetadataExt;
+        // Everything has its place on the storage.
+        assert!(std::fs::metadata(side.path("full")).unwrap().blocks() * 512 >= 512 << 10);
+    }
+    both.run(0, "create -q -f raw there 1M");
+    both.run(0, "convert -n --target-is-zero -O raw a there");
+    both.same_contents("there");
+    both.run(0, "convert -n --target-image-opts b driver=raw,file.filename=there");
+    both.same_contents("there");
+    for wrong in [
+        "convert -C -c -O qcow2 a x",
+        "convert -C -S 4k a x",
+        "convert -C --salvage a x",
+        "convert --target-is-zero a x",
+        "convert --target-image-opts a driver=raw,file.filename=there",
+        "convert --skip-broken-bitmaps a x",
+        "convert -S 1000 a x",
+        "convert -m 17 a x",
+        "convert -n a b",
+        "convert -l s a b x",
+        "convert -B a -F raw -O qcow2 a b x",
+        "convert --bitmaps -O qcow2 a b x",
+        "convert -c -O raw a x",
+        "convert -r x a x",
+        "convert a",
+    ] {
+        both.run(1, wrong);
+    }
+}
+
+#[test]
+fn keys_and_chains_are_changed() {
+    let both = Both::new();
+    let secrets = "--object secret,id=s,data=old --object secret,id=n,data=new";
+    let opened = "--image-opts driver=luks,key-secret=s,file.filename=l";
+    both.run(0, "create -q -f qcow2 data 1M");
+    both.write("data", &["write -P 7 100k 300k"]);
+    both.run(0, &format!("convert {secrets} -O luks -o key-secret=s,iter-time=10 data l"));
+    both.run(0, &format!("amend {secrets} {opened} -o state=active,new-secret=n,iter-time=10,keyslot=3"));
+    both.run(1, &format!("amend {secrets} {opened} -o state=active,new-secret=n,iter-time=10,keyslot=3"));
+    both.run(1, &format!("amend {secrets} {opened} -o state=inactive,keyslot=5"));
+    both.run(0, &format!("amend {secrets} {opened} -o state=inactive,keyslot=0"));
+    both.run(1, &format!("amend {secrets} {opened} -o state=inactive,keyslot=3"));
+    let opened = opened.replace("=s,", "=n,");
+    both.run(1, &format!("amend {secrets} {opened} -o state=inactive,old-secret=n"));
+    both.run(0, &format!("convert {secrets} {opened} -O raw out"));
+    both.same_contents("out");
+    // Our image opens with QEMU, and the other way round.
+    let [theirs, ours] = &both.0;
+    std::fs::rename(ours.path("l"), theirs.path("other")).unwrap();
+    std::fs::rename(theirs.path("l"), ours.path("other")).unwrap();
+    both.run(0, &format!("convert {secrets} {} -O raw out", opened.replace("filename=l", "filename=other")));
+
+    both.run(0, "create -q -f qcow2 base 4M");
+    both.run(0, "create -q -f qcow2 -b base -F qcow2 mid");
+    both.run(0, "create -q -f qcow2 -b mid -F qcow2 top");
+    both.write("base", &["write -P 1 0 2M"]);
+    both.write("mid", &["write -P 2 512k 1M"]);
+    both.write("top", &["write -P 3 1M 1M"]);
+    both.run(0, "commit -q -d -r 100M top");
+    both.same_contents("mid");
+    both.run(0, "commit -q -b base top");
+    both.same_contents("base");
+    both.run(1, "commit -b nowhere top");
+    both.run(0, "rebase -c -b '' top");
+    both.same_contents("top");
+    both.json(0, "check --output=json top");
+    both.run(0, "bitmap --add top one");
+    both.run(0, "bitmap --remove --add top one");
+    both.run(0, "bitmap --add --merge one --disable top two");
+    both.json(0, "info --output=json top");
+}

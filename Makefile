@@ -5,7 +5,7 @@
 
 FUZZ_SECONDS ?= 10
 SCRIPTS := .ci/run .ci/fuzz guest/setup guest/i386.sh guest/sources.sh guest/kernel guest/minimal guest/memtest guest/debian guest/debian-demo \
-  guest/debian-task guest/tree guest/demo bench/boot bench/guest bench/start bench/cpu bench/block tests/qemu-iotests bench/nbd bench/sides.sh bench/programs/run \
+  guest/debian-task guest/tree guest/demo bench/boot bench/guest bench/start bench/cpu bench/block tests/qemu-iotests bench/nbd bench/luks bench/sides.sh bench/programs/run \
   tests/guests/lasting/run
 SH_SCRIPTS := guest/minimal-init guest/debian-init bench/programs/work.sh
 
@@ -56,6 +56,8 @@ bench: guests
 	bench/cpu
 	bench/block
 	bench/nbd
+	cargo build --release -p terem-crypt --example speed
+	bench/luks
 
 # The guests' files stay: they are in $$TEREM_CACHE, or ~/.cache/terem.
 clean:

@@ -53,7 +53,7 @@ median() {
 # warm DIRECTORY MIB: has the host of a virtual machine give it that much memory, by a file that is removed again. Memory that
 # the machine did not use for some seconds is taken away by some hosts; without this, who comes first pays for it.
 warm() {
-  head -c "${2}M" /dev/zero >"$1/warm"
+  dd if=/dev/zero of="$1/warm" bs=1M count="$2" status=none
   rm "$1/warm"
 }
 

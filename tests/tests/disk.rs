@@ -71,6 +71,41 @@ fn a_disk_over_nbd_is_a_disk() {
 }
 
 #[test]
+fn an_encrypted_disk_is_served_with_its_passphrase() {
+    let dir = folder();
+    let (image, socket) = (dir.path().join("a.luks"), dir.path().join("socket"));
+    let passphrase = dir.path().join("passphrase");
+    std::fs::write(&passphrase, "secret").unwrap();
+    let object = format!("secret,id=s,file={}", passphrase.display());
+    let create = ["create", "-q", "-f", "luks", "-o", "key-secret=s,iter-time=10", "--object", &object];
+    succeed(Command::new("qemu-img").args(create).arg(&image).arg("4M"));
+    let options = format!("driver=luks,key-secret=s,file.filename={}", image.display());
+    succeed(Command::new("qemu-io").args([
+        "--object",
+        &object,
+        "--image-opts",
+        "-c",
+        "write -P 7 1M 70k",
+        &options,
+    ]));
+    let mut server = Command::new(terem())
+        .args(["disk", "serve", "--once", "--passphrase", &format!("file:{}", passphrase.display())])
+        .arg("--socket")
+        .args([&socket, &image])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        assert!(server.try_wait().unwrap().is_none(), "the server does not start");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let disk = format!("nbd+unix:///?socket={}", socket.display());
+    let read = succeed(Command::new("qemu-io").args(["-f", "raw", "-c", "read -P 7 1M 70k", &disk]));
+    assert!(!read.contains("Pattern verification failed"), "{read}");
+    assert!(server.wait().unwrap().success());
+}
+
+#[test]
 fn a_qcow2_disk_takes_writes_flushes_and_discards() {
     let _one = alone();
     let dir = folder();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  read:   File ──ciphertext──> buffer ──decrypt, piece by piece──> the request's memory
-//!  write:  the request's memory ──piece by piece, encrypt──> buffer ──ciphertext──> File
+//!  write:  the request's memory ──piece by piece──> buffer, encrypted there ──ciphertext──> File
 //! ```
 //!
 //! A request's memory never holds ciphertext, and is read once only: a guest that changes it meanwhile gets what it
@@ -13,6 +13,7 @@
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use terem_crypt::{SECTOR, SectorCipher};
 use terem_memory::{AlignedBuffer, IoMemory};
@@ -110,21 +111,39 @@ impl Crypt {
         skip: usize,
         view: &View,
     ) -> Result<(), IoError> {
-        let (buffer, bytes) = self.buffer(chunk.len());
+        let (cipher, sector, length) = (Arc::clone(&self.cipher), self.sector(place), chunk.len());
+        let target = Target { view: view.clone(), skip };
+        if length > INLINE
+            && let Some(cached) = file.cached()
+        {
+            // The thread that decrypts reads too: it then finds everything in its own processor's cache.
+            let (target, cipher, first) = (target.clone(), Arc::clone(&cipher), chunk.start);
+            let work = move || {
+                let mut piece = vec![0; PIECE.min(length)];
+                for at in (0..length).step_by(PIECE) {
+                    let piece = &mut piece[..PIECE.min(length - at)];
+                    if !cached.read(place.file + at as u64, piece) {
+                        return false;
+                    }
+                    cipher.decrypt(sector.wrapping_add((at / SECTOR) as u64), piece);
+                    target.put(first + at, piece);
+                }
+                true
+            };
+            if self.work(file, length, work).await? {
+                return Ok(());
+            }
+        }
+        let (buffer, bytes) = self.buffer(length);
         file.read(place.file, &[bytes]).await?;
-        let (cipher, sector, view) = (Arc::clone(&self.cipher), self.sector(place), view.clone());
-        let length = chunk.len();
         let encrypted = Arc::clone(&buffer);
         let work = move || {
-            let mut plain = vec![0; PIECE.min(length)];
+            let mut piece = vec![0; PIECE.min(length)];
             for at in (0..length).step_by(PIECE) {
-                let plain = &mut plain[..PIECE.min(length - at)];
-                encrypted.read_at(at, plain);
-                cipher.decrypt(sector.wrapping_add((at / SECTOR) as u64), plain);
-                let first = chunk.start + at;
-                let unwanted = skip.saturating_sub(first).min(plain.len());
-                let to = view.part((first + unwanted).saturating_sub(skip), plain.len() - unwanted);
-                to.put(&plain[unwanted..]);
+                let piece = &mut piece[..PIECE.min(length - at)];
+                encrypted.read_at(at, piece);
+                cipher.decrypt(sector.wrapping_add((at / SECTOR) as u64), piece);
+                target.put(chunk.start + at, piece);
             }
         };
         self.work(file, length, work).await?;
@@ -179,20 +198,21 @@ impl Crypt {
         chunk: Range<usize>,
         views: Arc<[View]>,
     ) -> Result<(), IoError> {
-        let (buffer, bytes) = self.buffer(chunk.len());
         let (cipher, sector, length) = (Arc::clone(&self.cipher), self.sector(place), chunk.len());
-        let encrypted = Arc::clone(&buffer);
+        let mut buffer = self.buffer(length).0;
         let work = move || {
-            let mut data = vec![0; PIECE.min(length)];
+            let own = Arc::get_mut(&mut buffer)?.as_mut_slice();
             for at in (0..length).step_by(PIECE) {
-                let data = &mut data[..PIECE.min(length - at)];
-                gather(&views, chunk.start + at, data);
-                cipher.encrypt(sector.wrapping_add((at / SECTOR) as u64), data);
-                encrypted.write_at(at, data);
+                let piece = &mut own[at..length.min(at + PIECE)];
+                gather(&views, chunk.start + at, piece);
+                cipher.encrypt(sector.wrapping_add((at / SECTOR) as u64), piece);
             }
+            Some(buffer)
         };
-        self.work(file, length, work).await?;
-        file.write(place.file, &[bytes]).await?;
+        // Nobody else has a share of it.
+        let buffer = self.work(file, length, work).await?.ok_or(IoError::Closed)?;
+        let memory: Arc<dyn IoMemory> = Arc::<AlignedBuffer>::clone(&buffer);
+        file.write(place.file, &[View::new(memory).part(0, length)]).await?;
         self.give_back(buffer);
         Ok(())
     }
@@ -242,21 +262,21 @@ impl Crypt {
     }
 
     /// Does `work` on `length` bytes here or on another thread.
-    async fn work(
+    async fn work<T: Send + 'static>(
         &self,
         file: &File,
         length: usize,
-        work: impl FnOnce() + Send + 'static,
-    ) -> Result<(), IoError> {
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, IoError> {
         if length <= INLINE {
-            work();
-            return Ok(());
+            return Ok(work());
         }
-        file.engine().compute(work).await?;
-        Ok(())
+        let (tell, told) = channel();
+        file.engine().compute(move || drop(tell.send(work()))).await?;
+        told.recv().map_err(|_| IoError::Closed)
     }
 
-    /// A buffer for `length` bytes (at most [`CHUNK`]), and those.
+    /// A buffer for `length` bytes (at most [`CHUNK`]) that nobody else has, and those.
     fn buffer(&self, length: usize) -> (Arc<AlignedBuffer>, View) {
         let kept = if length > INLINE { self.buffers.borrow_mut().pop() } else { None };
         let buffer = kept
@@ -271,6 +291,23 @@ impl Crypt {
         if buffer.len() == CHUNK && Arc::strong_count(&buffer) == 1 && buffers.len() < KEPT {
             buffers.push(buffer);
         }
+    }
+}
+
+/// Where decrypted bytes go.
+#[derive(Clone)]
+struct Target {
+    view: View,
+    /// Bytes of the first sector that are not asked for.
+    skip: usize,
+}
+
+impl Target {
+    /// Puts in what was decrypted, which begins `at` bytes after the beginning of the first sector.
+    fn put(&self, at: usize, bytes: &[u8]) {
+        let unwanted = self.skip.saturating_sub(at).min(bytes.len());
+        let to = self.view.part((at + unwanted).saturating_sub(self.skip), bytes.len() - unwanted);
+        to.put(&bytes[unwanted..]);
     }
 }
 

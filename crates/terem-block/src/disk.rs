@@ -11,7 +11,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::Poll;
 use std::thread::JoinHandle;
@@ -76,9 +76,12 @@ struct Inbox {
 #[derive(Default)]
 struct Shared {
     inbox: Mutex<Inbox>,
-    /// Requests taken and not completed.
-    in_flight: Mutex<u64>,
-    ended: Condvar,
+    /// Requests taken and not completed. Counted without a lock: every request of every thread comes by here twice.
+    in_flight: AtomicU64,
+    /// Threads that wait for the last of them.
+    draining: AtomicU64,
+    /// What those sleep on.
+    drained: (Mutex<()>, Condvar),
     /// Whether to leave without writing anything back, as if killed (for tests of crash consistency).
     abandon: AtomicBool,
 }
@@ -86,6 +89,26 @@ struct Shared {
 impl Shared {
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request has been completed.
+    fn ended(&self) {
+        // One side changes its number before it looks at the other's, and so does the other: one of them sees.
+        if self.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 && self.draining.load(Ordering::SeqCst) > 0 {
+            let _between = self.drained.0.lock().unwrap_or_else(PoisonError::into_inner);
+            self.drained.1.notify_all();
+        }
+    }
+
+    /// Waits until all requests have been completed.
+    fn drain(&self) {
+        self.draining.fetch_add(1, Ordering::SeqCst);
+        let mut waiting = self.drained.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.in_flight.load(Ordering::SeqCst) > 0 {
+            waiting = self.drained.1.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(waiting);
+        self.draining.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -103,11 +126,7 @@ impl Completion {
     fn call(&mut self, result: Result<(), IoError>) {
         let Some(complete) = self.complete.take() else { return };
         complete(result);
-        let mut in_flight = self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        *in_flight = in_flight.saturating_sub(1);
-        if *in_flight == 0 {
-            self.shared.ended.notify_all();
-        }
+        self.shared.ended();
     }
 }
 
@@ -303,7 +322,7 @@ impl BlockBackend for Disk {
 
     fn submit(&self, request: Request) {
         let completion = Completion { complete: Some(request.complete), shared: Arc::clone(&self.shared) };
-        *self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.shared.in_flight.fetch_add(1, Ordering::SeqCst);
         if let Err(error) = check_request(&self.geometry, &request.op) {
             return completion.finish(Err(error));
         }
@@ -313,10 +332,7 @@ impl BlockBackend for Disk {
     }
 
     fn drain(&self) {
-        let mut in_flight = self.shared.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        while *in_flight > 0 {
-            in_flight = self.shared.ended.wait(in_flight).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.shared.drain();
     }
 }
 

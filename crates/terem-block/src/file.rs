@@ -1,10 +1,13 @@
 //! A host file or block device as storage: any offset, length and memory, whatever its alignment rules.
 
 use std::cell::Cell;
+use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+
+use rustix::io::ReadWriteFlags;
 
 use crate::IoError;
 use crate::engine::{Action, Engine, Job, Now, Vectors, View};
@@ -249,6 +252,11 @@ impl File {
     pub(crate) fn plain(&self) -> Option<PlainFile> {
         let file = || PlainFile { fd: Arc::clone(&self.fd), start: self.start };
         (self.align == 1 && self.limit == u64::MAX).then(file)
+    }
+
+    /// The file for other threads to read what is in memory already, if there may be such a thing.
+    pub(crate) fn cached(&self) -> Option<CachedFile> {
+        Some(CachedFile { fd: Arc::clone(&self.fd), flags: self.now.read_flags()? })
     }
 
     /// Takes note that a [`PlainFile`] was written up to `end`.
@@ -496,6 +504,27 @@ impl PlainFile {
             }
         }
         Ok(())
+    }
+}
+
+/// A file of which other threads read what is in memory already.
+pub(crate) struct CachedFile {
+    fd: Arc<OwnedFd>,
+    flags: ReadWriteFlags,
+}
+
+impl CachedFile {
+    /// Fills `bytes` from `offset` on; false where that would have to wait, or fails.
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < bytes.len() {
+            let rest = &mut [IoSliceMut::new(&mut bytes[done..])];
+            match rustix::io::preadv2(&*self.fd, rest, offset + done as u64, self.flags) {
+                Ok(0) | Err(_) => return false,
+                Ok(n) => done += n,
+            }
+        }
+        true
     }
 }
 

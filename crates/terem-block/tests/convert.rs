@@ -133,6 +133,31 @@ fn a_chain_becomes_one_image_or_an_overlay() {
 }
 
 #[test]
+fn compressed_clusters_in_a_backing_file() {
+    let scratch = Scratch::new();
+    let raw = sparse_raw(&scratch, "base.raw", &contents((6 << 20) + 512 * 5, 6));
+    let quick = ConvertOptions { durable: false, ..Default::default() };
+    for options in [
+        "compression_type=zlib",
+        "compression_type=zstd",
+        "cluster_size=2M,compression_type=zstd",
+        "cluster_size=4k",
+        "cluster_size=512,compat=0.10",
+    ] {
+        let (base, top, back) =
+            (scratch.path("base.qcow2"), scratch.path("top.qcow2"), scratch.path("back.raw"));
+        run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, str(&raw), str(&base)]);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", str(&base), "-F", "qcow2", str(&top), "7M"]);
+        // Clusters of the overlay cut those below it anywhere.
+        run("qemu-io", &["-f", "qcow2", "-c", "write -P 7 1M 100k", "-c", "write -z 3000k 64k", str(&top)]);
+        let target = CreateOptions { format: Format::Raw, overwrite: true, ..CreateOptions::default() };
+        let open = OpenOptions { backing: BackingPolicy::Any, ..OpenOptions::default() };
+        convert(&top, &open, &back, &target, &quick, &mut |_, _| true).expect("copied");
+        same(&back, &top, "qcow2");
+    }
+}
+
+#[test]
 fn into_an_image_that_is_there() {
     let scratch = Scratch::new();
     let raw = sparse_raw(&scratch, "source.raw", &contents(3 << 20, 3));

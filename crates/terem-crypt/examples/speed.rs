@@ -1,4 +1,5 @@
-//! How fast the ciphers are in memory, on one core: `cargo run --release -p terem-crypt --example speed`.
+//! How fast the ciphers are in memory, on one core: `cargo run --release -p terem-crypt --example speed [CIPHER
+//! SECTOR]`: all, or one.
 
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ const PIECE: usize = 64 << 10;
 const TOTAL: usize = 1 << 30;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let only: Vec<String> = std::env::args().skip(1).collect();
     println!("{:<28} {:>6} {:>14} {:>14}", "cipher", "sector", "encrypt GB/s", "decrypt GB/s");
     for (name, bits, sector) in [
         ("aes-xts-plain64", 256, 512),
@@ -19,6 +21,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("aes-cbc-plain64", 128, 512),
         ("serpent-xts-plain64", 512, 512),
     ] {
+        if let [cipher, wanted, ..] = only.as_slice()
+            && (cipher != name || bits != 512 || *wanted != sector.to_string())
+        {
+            continue;
+        }
         let cipher = SectorCipher::new(CipherSpec::parse(name)?, &vec![7; bits / 8], sector)?;
         let mut data = vec![0; PIECE];
         let total = if name.starts_with("aes") { TOTAL } else { TOTAL / 16 };

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::source::{largest_packed, parts};
+use super::reading::{largest_packed, parts};
 use super::target::Target;
 use super::worker::Worker;
 use super::{Copying, Pace, Progress, request};

@@ -9,8 +9,9 @@
 //! can give out storage (`Image::place`), they write to it past the target's, which then only changes its tables.
 //! A window is small enough to stay in a processor's cache from the read to the write.
 
+mod buffers;
 mod copy;
-mod source;
+mod reading;
 mod stream;
 mod target;
 mod worker;

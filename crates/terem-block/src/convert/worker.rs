@@ -7,12 +7,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 
-use terem_memory::AlignedBuffer;
-
+use super::buffers::Buffers;
 use super::copy::{Shared, Window};
-use super::source::{Part, Reader};
+use super::reading::{Part, Reader};
 use super::target::{How, Target};
 use super::{Copying, is_zero, request};
 use crate::file::{PlainFile, to_usize};
@@ -50,6 +49,7 @@ pub(super) struct Worker<'a> {
     shared: &'a Shared,
     target: &'a Target,
     reader: Reader<'a>,
+    buffers: Buffers,
     /// Storage of the target that it has not used yet: host offset and bytes.
     pool: (u64, u64),
     /// Bytes for which the window needs storage still.
@@ -71,6 +71,7 @@ impl<'a> Worker<'a> {
             shared,
             target,
             reader: Reader::new(copying, parts),
+            buffers: Buffers::default(),
             pool: (0, 0),
             wanted: 0,
             placed: Vec::new(),
@@ -194,7 +195,7 @@ impl<'a> Worker<'a> {
         let length = to_usize(window.length);
         filled.buffer.resize(length.next_multiple_of(unit), 0);
         filled.length = window.length;
-        self.reader.read(window, &mut filled.buffer)?;
+        self.reader.read(window, &mut filled.buffer, unit)?;
         let mut runs = Vec::new();
         let mut at = 0;
         while at < length {
@@ -272,7 +273,7 @@ impl<'a> Worker<'a> {
             }
             How::Requests => {
                 let bytes = &filled.buffer[range.start..range.start + length];
-                let memory = Arc::new(AlignedBuffer::from_slice(bytes));
+                let memory = self.buffers.copy_of(bytes);
                 self.submit(Op::Write { offset, memory });
             }
         }
@@ -293,7 +294,7 @@ impl<'a> Worker<'a> {
             } else if let Some(smaller) = (packer.compress)(cluster) {
                 packed.push((offset + at, smaller));
             } else {
-                let memory = Arc::new(AlignedBuffer::from_slice(&cluster[..there]));
+                let memory = self.buffers.copy_of(&cluster[..there]);
                 self.submit(Op::Write { offset: offset + at, memory });
             }
         }

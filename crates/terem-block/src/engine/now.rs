@@ -5,6 +5,8 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use rustix::io::ReadWriteFlags;
+
 use super::Action;
 
 /// Up to so many bytes are copied at once; more would keep other requests waiting, which other cores could serve.
@@ -39,6 +41,15 @@ impl Now {
             _ => Eager::Cached,
         };
         Self { reads: Cell::new(eager), writes: Cell::new(eager) }
+    }
+
+    /// With which flags other threads may read, so as not to wait; `None` if they would.
+    pub(crate) fn read_flags(&self) -> Option<ReadWriteFlags> {
+        match self.reads.get() {
+            Eager::Never => None,
+            Eager::Cached => Some(ReadWriteFlags::NOWAIT),
+            Eager::Memory => Some(ReadWriteFlags::empty()),
+        }
     }
 
     /// The result, if `action` could be done.

@@ -1,5 +1,6 @@
 //! `terem disk serve`: images served over NBD.
 
+use super::passphrase::keys;
 use crate::exit::Exit;
 use crate::failure::{Failure, chain};
 use crate::print;
@@ -97,6 +98,7 @@ pub fn run(arguments: &ServeArguments) -> Result<Exit, Failure> {
         format: arguments.format,
         read_only: arguments.read_only,
         cache: arguments.cache,
+        keys: keys(),
         ..OpenOptions::default()
     };
     let mut disks = Vec::new();

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use terem_memory::{AlignedBuffer, IoMemory};
+use terem_memory::IoMemory;
 
+use super::buffers::Buffers;
 use super::copy::Window;
 use super::{Copying, request};
 use crate::file::{PlainFile, to_usize};
@@ -64,6 +65,7 @@ pub(super) struct Reader<'a> {
     parts: &'a [Part],
     /// The source opened once more, when it is needed: decompression takes time.
     own: Option<Disk>,
+    buffers: Buffers,
     /// Compressed bytes.
     packed: Vec<u8>,
     /// A cluster of which only a part is wanted.
@@ -72,15 +74,17 @@ pub(super) struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     pub(super) fn new(copying: &'a Copying<'a>, parts: &'a [Part]) -> Self {
-        Self { copying, parts, own: None, packed: Vec::new(), cluster: Vec::new() }
+        let buffers = Buffers::default();
+        Self { copying, parts, own: None, buffers, packed: Vec::new(), cluster: Vec::new() }
     }
 
     fn failed(&self, source: impl Into<IoError>) -> OpenError {
         request(self.copying.source(), "reading the source", source.into())
     }
 
-    /// Fills the buffer with the window's contents; what follows is zeroes.
-    pub(super) fn read(&mut self, window: &Window, buffer: &mut [u8]) -> Result<(), OpenError> {
+    /// Fills the buffer with the window's contents; what follows is zeroes. Of units (of `unit` bytes) that are known to
+    /// hold nothing but zeroes anything may be in the buffer.
+    pub(super) fn read(&mut self, window: &Window, buffer: &mut [u8], unit: usize) -> Result<(), OpenError> {
         let mut at = 0;
         let mut extents = window.extents.as_slice();
         while let [first, ..] = extents {
@@ -92,8 +96,13 @@ impl<'a> Reader<'a> {
             let length: u64 = extents[..n].iter().map(|e| e.length).sum();
             let part = &mut buffer[at..at + to_usize(length)];
             let read = match self.way(first) {
-                Way::Zero => {
+                // Where zeroes are not told apart, they are written as what is in the buffer.
+                Way::Zero if self.copying.options.sparse == 0 => {
                     part.fill(0);
+                    Ok(())
+                }
+                Way::Zero => {
+                    zero_edges(part, at, unit);
                     Ok(())
                 }
                 Way::Plain(file, host) => file.read(host, part).map_err(|e| self.failed(e)),
@@ -153,7 +162,7 @@ impl<'a> Reader<'a> {
             self.own = Some(Disk::open_sources(self.copying.sources.to_vec())?);
         }
         let disk = self.own.as_ref().unwrap_or(&self.copying.from);
-        let memory = Arc::new(AlignedBuffer::new(part.len()));
+        let memory = self.buffers.take(part.len());
         disk.run(Op::Read { offset, memory: Arc::clone(&memory) as _ }).map_err(|e| self.failed(e))?;
         memory.read_at(0, part);
         Ok(())
@@ -230,6 +239,16 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Zeroes what lies in units that may hold something else too: the beginning and the end of `part`, which is `at` bytes
+/// after the beginning of the first unit.
+fn zero_edges(part: &mut [u8], at: usize, unit: usize) {
+    let head = (at.next_multiple_of(unit) - at).min(part.len());
+    let tail = ((at + part.len()) % unit).min(part.len() - head);
+    let whole = part.len() - tail;
+    part[..head].fill(0);
+    part[whole..].fill(0);
+}
+
 /// How many of these clusters, the first ones, lie so that one read brings them all.
 fn together(places: &[Packed]) -> usize {
     let [first, ..] = places else { return 0 };
@@ -242,4 +261,32 @@ fn together(places: &[Packed]) -> usize {
         near
     };
     1 + places[1..].iter().take_while(follows).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_units_that_are_zero_as_a_whole_stay_as_they_are() {
+        for (at, length, stays) in
+            [(0, 32, 0..32), (3, 4, 0..0), (3, 20, 8..16), (8, 9, 8..16), (7, 2, 0..0), (0, 3, 0..0)]
+        {
+            let mut buffer = [1; 40];
+            zero_edges(&mut buffer[at..at + length], at, 8);
+            for (i, byte) in buffer.into_iter().enumerate() {
+                let zeroed = (at..at + length).contains(&i) && !stays.contains(&i);
+                assert_eq!(byte == 0, zeroed, "{at} {length} {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_together() {
+        let place = |host, length| Packed { offset: 0, host, length };
+        assert_eq!(together(&[]), 0);
+        assert_eq!(together(&[place(100, 412), place(300, 212), place(500, 100), place(601, 1)]), 3);
+        assert_eq!(together(&[place(100, 50), place(50, 50)]), 1);
+        assert_eq!(together(&[place(0, 1 << 20), place(1 << 20, 1 << 20), place(2 << 20, 1)]), 2);
+    }
 }

@@ -68,7 +68,7 @@ path = "a.qcow2"
 fromat = "raw"
 [[disk]]
 path = "b.qcow2"
-format = "vdi"
+format = "vfd"
 [[disk]]
 readonly = true
 [[net]]
@@ -84,7 +84,7 @@ mtu = "big"
         "(did you mean `threads`?)",
         "m.toml:6: disk[0].fromat: there is no such key",
         "(did you mean `format`?)",
-        "m.toml:9: disk[1].format = \"vdi\": it is none of the choices; expected one of `probe`, `raw`, `qcow2`",
+        "m.toml:9: disk[1].format = \"vfd\": it is none of the choices; expected one of `probe`, `raw`",
         "m.toml:10: disk[2].path: it is needed and was not given",
         "m.toml:14: net[0].mtu = \"big\": invalid type: string \"big\"; expected u16",
     ];

@@ -61,7 +61,8 @@ impl CharBackend for Nobody {
 static PLAN: LazyLock<Plan> = LazyLock::new(|| {
     let config =
         MachineConfig { kernel: Some("kernel".into()), memory: ByteSize::mib(4), ..MachineConfig::default() };
-    Plan::new(&config, &HostInventory { no_kvm: Some("it is not needed".into()), ..HostInventory::default() }).unwrap()
+    Plan::new(&config, &HostInventory { no_kvm: Some("it is not needed".into()), ..HostInventory::default() })
+        .unwrap()
 });
 
 struct Machine {

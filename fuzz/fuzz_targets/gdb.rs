@@ -21,8 +21,7 @@ use terem_machine::{Lent, Machine, MachineHandle, Phase};
 /// Long enough for any answer on a busy host.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// A multiboot image: its header, then at 200020h `hlt; jmp $-1`, for both vCPUs.
-const HEADER: [u32; 8] =
-    [0x1bad_b002, 0x1_0000, 0xe451_4ffe, 0x20_0000, 0x20_0000, 0, 0, 0x20_0020];
+const HEADER: [u32; 8] = [0x1bad_b002, 0x1_0000, 0xe451_4ffe, 0x20_0000, 0x20_0000, 0, 0, 0x20_0020];
 const CODE: [u8; 3] = [0xf4, 0xeb, 0xfd];
 
 struct Served {

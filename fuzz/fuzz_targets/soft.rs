@@ -99,8 +99,14 @@ fuzz_target!(|bytes: &[u8]| {
     let memory = GuestMemory::new(&[RamRange { base: 0, size: RAM }]).unwrap();
     let bus = Arc::new(Bus::new(Clock::manual()));
     let model = CpuModel::find("terem64", &[]).unwrap();
-    let config =
-        SoftConfig { model, topology: Topology::flat(1), phys_bits: 40, translate: true, trace: None };
+    let config = SoftConfig {
+        model,
+        topology: Topology::flat(1),
+        phys_bits: 40,
+        translate: true,
+        direct: terem_soft::Directly::Never,
+        trace: None,
+    };
     let Ok(accelerator) = SoftAccelerator::new(Arc::clone(&bus), memory.clone(), config) else { return };
     let accelerator = Arc::new(accelerator);
     let port = Arc::new(EndOfSlot(Mutex::new(Arc::downgrade(&accelerator))));

@@ -10,154 +10,18 @@
 //!   all else      pages of guest memory, as far as they are mapped
 //! ```
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::ptr::NonNull;
 
 use libc::{c_int, pid_t, user_regs_struct};
-use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
 
+use super::stub::{
+    CALLS, CALLS_FD, Call, Calls, Image, NEXT, SHARED_FIXED, STUB_END, SYSCALL, USER_END, filter,
+    instruction_bytes,
+};
 use crate::x87::SHARED_SIZE;
-
-/// Where the stub lies: at the lowest address that Linux gives out by default, which programs hardly ever ask for.
-pub(super) const STUB: u64 = 0x1_0000;
-/// One past the stub's two pages.
-pub(super) const STUB_END: u64 = STUB + 0x2000;
-/// Where the stub's list of calls is.
-const CALLS: u64 = STUB + 0x1000;
-/// One past the last address that a program may have.
-pub(super) const USER_END: u64 = 0x7fff_ffff_f000;
-
-/// The stub behind the headers of its executable: it waits; and it makes R12 calls of the list at RBX (number and six
-/// arguments each), stops at the first that fails, and traps.
-#[rustfmt::skip]
-const CODE: &[u8] = &[
-    0xb8, 34, 0, 0, 0,              // wait: mov eax, SYS_pause
-    0x0f, 0x05,                     //       syscall
-    0xeb, 0xf7,                     //       jmp wait
-    0x48, 0x8b, 0x03,               // next: mov rax, [rbx]
-    0x48, 0x8b, 0x7b, 8,            //       mov rdi, [rbx+8]
-    0x48, 0x8b, 0x73, 16,           //       mov rsi, [rbx+16]
-    0x48, 0x8b, 0x53, 24,           //       mov rdx, [rbx+24]
-    0x4c, 0x8b, 0x53, 32,           //       mov r10, [rbx+32]
-    0x4c, 0x8b, 0x43, 40,           //       mov r8, [rbx+40]
-    0x4c, 0x8b, 0x4b, 48,           //       mov r9, [rbx+48]
-    0x0f, 0x05,                     //       syscall
-    0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff, //   cmp rax, -4095
-    0x73, 9,                        //       jae done
-    0x48, 0x83, 0xc3, 56,           //       add rbx, 56
-    0x49, 0xff, 0xcc,               //       dec r12
-    0x75, 0xd2,                     //       jnz next
-    0xcc,                           // done: int3
-];
-/// Where in the executable's page the stub's code is: behind its two headers.
-const CODE_AT: u64 = 0xb0;
-const WAIT: u64 = STUB + CODE_AT;
-const NEXT: u64 = WAIT + 9;
-
-/// A system call: its number and arguments.
-pub(super) type Call = [u64; 7];
-/// Calls in the list, at most.
-const MOST_CALLS: usize = 4096 / size_of::<Call>();
-
-/// What the process's descriptors are.
-const RAM_FD: u64 = 0;
-const CALLS_FD: u64 = 1;
-const COPIES_FD: u64 = 2;
-
-/// The executable, in memory.
-#[derive(Debug)]
-pub(super) struct Image(File);
-
-impl Image {
-    /// # Errors
-    /// The host's, when it does not let programs be made so.
-    pub(super) fn new() -> io::Result<Self> {
-        let mut page = vec![0_u8; 4096];
-        // ELF header and one program header (System V ABI, chapters 4 and 5).
-        page[..16].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-        let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
-        put(16, &2_u16.to_le_bytes()); // executable
-        put(18, &62_u16.to_le_bytes()); // x86-64
-        put(20, &1_u32.to_le_bytes());
-        put(24, &WAIT.to_le_bytes());
-        put(32, &64_u64.to_le_bytes());
-        put(52, &64_u16.to_le_bytes());
-        put(54, &56_u16.to_le_bytes());
-        put(56, &2_u16.to_le_bytes());
-        put(64, &1_u32.to_le_bytes()); // load
-        put(68, &5_u32.to_le_bytes()); // read, execute
-        put(80, &STUB.to_le_bytes());
-        put(88, &STUB.to_le_bytes());
-        put(96, &4096_u64.to_le_bytes());
-        put(104, &4096_u64.to_le_bytes());
-        put(112, &4096_u64.to_le_bytes());
-        // A stack that is not executable: else Linux before 5.8 would make everything so that can be read.
-        put(120, &0x6474_e551_u32.to_le_bytes());
-        put(124, &6_u32.to_le_bytes());
-        put(CODE_AT as usize, CODE);
-        let writable = memfd_create("terem-program", MemfdFlags::CLOEXEC)?;
-        let mut file = File::from(writable);
-        file.write_all(&page)?;
-        // What is open for writing cannot be executed.
-        let read_only = open(path_of(&file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self(File::from(read_only)))
-    }
-}
-
-fn path_of(file: &File) -> String {
-    format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file))
-}
-
-/// The list of calls, shared with the process.
-#[derive(Debug)]
-struct Calls(NonNull<Call>);
-
-impl Calls {
-    fn new() -> io::Result<(Self, OwnedFd)> {
-        let fd = memfd_create("terem-calls", MemfdFlags::CLOEXEC)?;
-        ftruncate(&fd, 4096)?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice.
-        let at = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                4096,
-                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
-                rustix::mm::MapFlags::SHARED,
-                &fd,
-                0,
-            )
-        }?;
-        let at = NonNull::new(at.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok((Self(at), fd))
-    }
-
-    /// Writes calls to the list's start; as many as it takes.
-    fn put(&mut self, calls: &[Call]) -> usize {
-        let count = calls.len().min(MOST_CALLS);
-        // SAFETY: the mapping has room for that many, and the process only reads while it runs.
-        unsafe { std::ptr::copy_nonoverlapping(calls.as_ptr(), self.0.as_ptr(), count) };
-        count
-    }
-
-    fn put_bytes(&mut self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= 4096, "the list is a page");
-        // SAFETY: inside the mapping.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.as_ptr().cast::<u8>().add(at), bytes.len());
-        }
-    }
-}
-
-impl Drop for Calls {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`.
-        let _ = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), 4096) };
-    }
-}
 
 /// Why a guest's code stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,7 +70,7 @@ impl Child {
     /// The host's, when it lets no such process be made or traced.
     pub(super) fn new(image: &Image, ram: BorrowedFd<'_>, copies: BorrowedFd<'_>) -> io::Result<Self> {
         let (calls, calls_fd) = Calls::new()?;
-        let process = Command::new(path_of(&image.0))
+        let process = Command::new(image.path())
             .env_clear()
             .process_group(0)
             .stdin(Stdio::from(ram.try_clone_to_owned()?))
@@ -246,7 +110,7 @@ impl Child {
         let call = calls[0];
         let r = &mut self.registers;
         [r.rax, r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = call;
-        (r.rip, r.r12, r.rbx, r.orig_rax) = (NEXT + 27, 1, 0, u64::MAX);
+        (r.rip, r.r12, r.rbx, r.orig_rax) = (SYSCALL, 1, 0, u64::MAX);
         self.run_stub()?;
         calls.clear();
         for (from, to) in
@@ -282,7 +146,7 @@ impl Child {
     /// Sees that system calls stop without being executed.
     fn try_out(&mut self) -> io::Result<()> {
         let r = &mut self.registers;
-        (r.rip, r.rax, r.orig_rax) = (NEXT + 27, libc::SYS_getpid as u64, u64::MAX);
+        (r.rip, r.rax, r.orig_rax) = (SYSCALL, libc::SYS_getpid as u64, u64::MAX);
         self.changed = true;
         let why = self.run()?;
         let stopped = why == Why::SystemCall && self.registers.rax as i64 == -i64::from(libc::ENOSYS);
@@ -424,15 +288,12 @@ impl Child {
         let mut part = self.vector();
         self.regset(libc::PTRACE_GETREGSET, &mut part)?;
         self.shared.copy_from_slice(&self.extended[..SHARED_SIZE]);
-        // What the header says of components does not matter: all of them are there.
-        self.shared[512..576].fill(0);
-        self.shared[512] = 7;
         Ok(&self.shared)
     }
 
     /// Puts it into the process. What a guest does not have goes to its initial state.
     pub(super) fn put_extended(&mut self, state: &[u8; SHARED_SIZE]) -> io::Result<()> {
-        if *state == self.shared {
+        if parts(state).eq(parts(&self.shared)) {
             return Ok(());
         }
         self.shared = *state;
@@ -475,6 +336,12 @@ impl Drop for Child {
     }
 }
 
+/// What of the extended state is registers: x87, MXCSR and XMM, the upper halves. The rest says which components are there (all
+/// are, when the host gives them), and what the host can do.
+fn parts(state: &[u8; SHARED_SIZE]) -> impl Iterator<Item = &[u8]> {
+    [0..28, 32..416, 576..SHARED_SIZE].into_iter().map(|part| &state[part])
+}
+
 /// Asks the process to stop; from any thread.
 pub(crate) fn stop(pid: pid_t) {
     // SAFETY: sends a signal. The caller knows that the process has not been waited for.
@@ -488,30 +355,6 @@ const SI_KERNEL: c_int = 0x80;
 const SETSIGMASK: libc::c_uint = 0x420b;
 /// NT_X86_XSTATE.
 const XSTATE: usize = 0x202;
-pub(super) const SHARED_FIXED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
-
-/// Where mapped pages come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
-    /// Guest memory.
-    Ram,
-    /// The copies.
-    Copies,
-}
-
-/// A mapping of what is at `offset` of a file.
-pub(super) fn map(address: u64, len: u64, protection: c_int, source: Source, offset: u64) -> Call {
-    // What is asked for is wanted soon.
-    let flags = SHARED_FIXED | if len <= 1 << 18 { libc::MAP_POPULATE as u64 } else { 0 };
-    let fd = if source == Source::Ram { RAM_FD } else { COPIES_FD };
-    [libc::SYS_mmap as u64, address, len, protection as u64, flags, fd, offset]
-}
-
-/// The end of a mapping.
-pub(super) fn unmap(address: u64, len: u64) -> Call {
-    [libc::SYS_munmap as u64, address, len, 0, 0, 0, 0]
-}
-
 /// First and last address of a line of `/proc/PID/maps`.
 fn range_of(line: &str) -> Option<(u64, u64)> {
     let (from, rest) = line.split_once('-')?;
@@ -519,43 +362,15 @@ fn range_of(line: &str) -> Option<(u64, u64)> {
     Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
 }
 
-/// Lets `mmap` and `munmap` through from the stub's page; everything else gets SIGSYS (seccomp(2)).
-fn filter() -> [libc::sock_filter; 12] {
-    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    const AT_LEAST: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
-    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-    const X86_64: u32 = 0xc000_003e;
-    let op = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
-    // Offsets in seccomp_data: number 0, architecture 4, instruction pointer 8.
-    [
-        op(LOAD, 4, 0, 0),
-        op(EQUAL, X86_64, 0, 8),
-        op(LOAD, 12, 0, 0),
-        op(EQUAL, 0, 0, 6),
-        op(LOAD, 8, 0, 0),
-        op(AT_LEAST, STUB as u32, 0, 4),
-        op(AT_LEAST, STUB as u32 + 0x1000, 3, 0),
-        op(LOAD, 0, 0, 0),
-        op(EQUAL, libc::SYS_mmap as u32, 2, 0),
-        op(EQUAL, libc::SYS_munmap as u32, 1, 0),
-        op(RETURN, libc::SECCOMP_RET_TRAP, 0, 0),
-        op(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ]
-}
-
-fn instruction_bytes(i: &libc::sock_filter) -> [u8; 8] {
-    let mut bytes = [0; 8];
-    bytes[..2].copy_from_slice(&i.code.to_le_bytes());
-    (bytes[2], bytes[3]) = (i.jt, i.jf);
-    bytes[4..].copy_from_slice(&i.k.to_le_bytes());
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::stub::{STUB, Source, map};
     use super::*;
+    use std::fs::File;
+    use std::io::Write;
     use std::os::fd::AsFd;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
 
     fn memory(bytes: &[u8]) -> File {
         let fd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -595,8 +410,8 @@ mod tests {
 
     #[test]
     fn the_stub_makes_no_calls_for_guests() {
-        // mov eax, SYS_mmap; mov ecx, NEXT + 27; jmp rcx
-        let target = (NEXT + 27) as u32;
+        // mov eax, SYS_mmap; mov ecx, SYSCALL; jmp rcx
+        let target = (SYSCALL) as u32;
         let mut code = vec![0xb8, 9, 0, 0, 0, 0xb9];
         code.extend(target.to_le_bytes());
         code.extend([0xff, 0xe1]);

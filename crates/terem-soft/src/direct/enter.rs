@@ -4,10 +4,11 @@ use std::io;
 
 use terem_cpu::{Segment, VcpuState, rflags};
 
-use super::child::{Child, USER_END, Why};
+use super::child::{Child, Why};
 use super::patches::Patches;
 use super::pin::Pin;
 use super::space::{Space, Use};
+use super::stub::USER_END;
 use super::{Direct, ROOT, SPACES, pin};
 use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::decode::CodeSize;
@@ -162,7 +163,7 @@ impl Cpu {
         if self.stub_is_in_the_way() {
             return Ok(Ran::Never);
         }
-        let Direct { shared, inbox, spaces, policy, pin, patches, .. } = direct;
+        let Direct { shared, spaces, pin, patches, .. } = direct;
         let space = &mut spaces[at];
         // What would stop it at once.
         for address in [self.rip, self.cr2] {
@@ -192,7 +193,7 @@ impl Cpu {
                 return Ok(Ran::Not);
             }
         }
-        let mut before = self.bus.clock.now();
+        let before = self.bus.clock.now();
         if let Some(cpu) = pin.hold(before)
             && space.cpu.replace(cpu) != Some(cpu)
         {
@@ -200,67 +201,66 @@ impl Cpu {
         }
         self.put_state(&mut space.child)?;
         self.stats.direct_runs.add(1);
-        let mut last = (0, 0, 0);
-        let why = loop {
-            self.apic.begin_direct_run(space.child.pid());
-            if self.apic.wants_attention() || inbox.waits() {
-                self.apic.end_own_direct_run();
-                break Why::Other;
-            }
-            let why = space.child.run();
-            self.apic.end_own_direct_run();
-            let after = self.bus.clock.now();
-            let why = match why {
-                Ok(why) => why,
-                Err(e) => {
-                    tracing::error!(
-                        "vCPU {}: the process of a guest program is gone ({e}), and its registers with it",
-                        self.id
-                    );
-                    self.shut_down = true;
-                    return Err(e);
-                }
-            };
-            if matches!(why, Why::Trap { step: false }) && self.answers(&mut space.child, patches) {
-                let now = self.bus.clock.now();
-                policy.stopped(space.root, now, after - before);
-                before = now;
-                continue;
-            }
-            if let Why::Fault(address) = why {
-                let rip = space.child.registers.rip;
-                let times = if last.0 == rip && last.1 == address { last.2 + 1 } else { 0 };
-                last = (rip, address, times);
-                let pages = space.pages.len();
-                // What fails has marked the space as broken; the program's state is in its process all the same.
-                let mended = times < SAME
-                    && address != 0
-                    && goes_on(&space.child.registers)
-                    && self.touched(shared, patches, space, address, rip).unwrap_or(false);
-                if mended {
-                    self.stats.direct_pages.add(space.pages.len().saturating_sub(pages) as u64);
-                    let now = self.bus.clock.now();
-                    policy.stopped(space.root, now, after - before);
-                    before = now;
-                    continue;
-                }
-            }
-            policy.stopped(space.root, after, after - before);
-            break why;
-        };
-        if let Err(e) = self.take_state(&mut space.child, why) {
-            tracing::error!("vCPU {}: the registers of a guest program are lost: {e}", self.id);
+        let why = self.run_to_a_stop(direct, at, before).and_then(|why| {
+            self.take_state(&mut direct.spaces[at].child, why)?;
+            Ok(why)
+        });
+        let why = why.inspect_err(|e| {
+            tracing::error!(
+                "vCPU {}: a guest program's process is gone ({e}), and its registers with it",
+                self.id
+            );
             self.shut_down = true;
-            return Err(e);
-        }
+        })?;
         if let Why::Trap { step } = why
-            && self.trapped_directly(patches, step).is_err()
+            && self.trapped_directly(&direct.patches, step).is_err()
         {
             self.shut_down = true;
             return Ok(Ran::Some);
         }
         self.native.interpret = why != Why::Other || !self.apic.wants_attention();
         Ok(Ran::Some)
+    }
+
+    /// Runs a program until something stops it that is not mended here, or somebody wants the vCPU. `before`: the time.
+    fn run_to_a_stop(&mut self, direct: &mut Direct, at: usize, mut before: u64) -> io::Result<Why> {
+        let Direct { shared, inbox, spaces, policy, patches, .. } = direct;
+        let space = &mut spaces[at];
+        let mut last = (0, 0, 0);
+        loop {
+            self.apic.begin_direct_run(space.child.pid());
+            if self.apic.wants_attention() || inbox.waits() {
+                self.apic.end_own_direct_run();
+                return Ok(Why::Other);
+            }
+            let why = space.child.run();
+            self.apic.end_own_direct_run();
+            let (why, after) = (why?, self.bus.clock.now());
+            policy.stopped(space.root, after, after - before);
+            let mended = match why {
+                Why::Trap { step: false } => self.answers(&mut space.child, patches),
+                Why::Fault(address) => {
+                    let rip = space.child.registers.rip;
+                    let times = if last.0 == rip && last.1 == address { last.2 + 1 } else { 0 };
+                    last = (rip, address, times);
+                    let pages = space.pages.len();
+                    // What fails has marked the space as broken; the program's state is in its process all the same.
+                    let mapped = times < SAME
+                        && address != 0
+                        && goes_on(&space.child.registers)
+                        && self.touched(shared, patches, space, address, rip).unwrap_or(false);
+                    if mapped {
+                        self.stats.direct_pages.add(space.pages.len().saturating_sub(pages) as u64);
+                    }
+                    mapped
+                }
+                _ => false,
+            };
+            if !mended {
+                return Ok(why);
+            }
+            before = self.bus.clock.now();
+        }
     }
 
     fn put_state(&mut self, child: &mut Child) -> io::Result<()> {

@@ -4,10 +4,10 @@
 //!
 //! ```text
 //!   policy.rs  which programs                       child.rs   the process: traced, locked in
+//!   stub.rs    what that is made of                  pin.rs     one CPU for thread and process
 //!   space.rs   its address space: a kind of TLB     scan.rs    code that must not run directly
 //!   shared.rs  what the vCPUs of a machine have in common
 //!   patches.rs copies of pages that such code is on
-//!   pin.rs     one CPU for thread and process
 //!   enter.rs   going there and back                 pages.rs   which pages are mapped, and when they are taken away
 //! ```
 
@@ -20,6 +20,7 @@ mod policy;
 mod scan;
 mod shared;
 mod space;
+mod stub;
 
 use std::sync::Arc;
 use std::thread::ThreadId;

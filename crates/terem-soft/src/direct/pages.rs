@@ -2,10 +2,10 @@
 
 use std::io;
 
-use super::child::{STUB, STUB_END, USER_END};
 use super::patches::Patches;
 use super::scan::{LEAD, TAIL, Verdict, look};
 use super::space::{Page, Space, Use};
+use super::stub::{STUB, STUB_END, USER_END};
 use super::{Direct, Shared};
 use crate::cpu::Cpu;
 use crate::mmu::Access;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use terem_bus::locked;
 use terem_memory::{GuestMemory, PAGE_SIZE};
 
-use super::child::Image;
+use super::stub::Image;
 use crate::apic::ApicSystem;
 
 /// Pages that one vCPU has to take from its programs before it runs guest code directly again.

@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use super::child::{Call, Child, STUB_END, Source, USER_END, map, unmap};
+use super::child::Child;
 use super::shared::Shared;
+use super::stub::{Call, STUB_END, Source, USER_END, map, unmap};
 
 /// What a program may do with a mapped page beside reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
